@@ -1,0 +1,19 @@
+"""Pretrained generators as sequences of named, editable layers, and loading them from files."""
+
+from pyrewrite.generators.base import Activation, EditableLayer, Generator, numbered_latents
+from pyrewrite.generators.loading import BUNDLED, load_generator
+from pyrewrite.generators.progan import ProGAN, ProGANShape
+from pyrewrite.generators.stylegan2 import StyleGAN2, StyleGAN2Shape
+
+__all__ = [
+    "BUNDLED",
+    "Activation",
+    "EditableLayer",
+    "Generator",
+    "ProGAN",
+    "ProGANShape",
+    "StyleGAN2",
+    "StyleGAN2Shape",
+    "load_generator",
+    "numbered_latents",
+]

@@ -1,0 +1,90 @@
+"""Loading generators: the family and the layout are recognised from the content of the file, all sizes from the weights."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from pyrewrite.errors import CheckpointMismatchError
+from pyrewrite.generators.base import Generator
+from pyrewrite.generators.loading import progan, stylegan2
+from pyrewrite.generators.loading._names import Weights, find_weights
+from pyrewrite.generators.loading._torch_file import read_torch_file
+
+_ASSETS = Path(__file__).parent.parent.parent / "assets"
+BUNDLED = {"peeps": "stylegan2-peeps-128.pt", "peeps-progan": "progan-peeps-64.pth"}
+FAMILIES = ("stylegan2", "progan")
+_FAMILIES = {"stylegan2": stylegan2, "progan": progan}
+
+# Names that give away what else a file can be: (part of a name, what it is).
+_FOREIGN = (
+    ("final_linear", "a discriminator of StyleGAN2, not a generator"),
+    ("synthesis.b4.", "a StyleGAN2 in NVIDIA's layout, which is not read here"),
+    ("synthesis.L0_", "a StyleGAN3, which is not read here"),
+    ("progression.", "a StyleGAN of the first generation, which is not read here"),
+)
+
+
+def load_generator(
+    path_or_name: str | os.PathLike,
+    *,
+    device: str | torch.device = "cpu",
+    truncation: float = 1.0,
+    family: str | None = None,
+    seed: int = 1,
+) -> Generator:
+    """A generator from a checkpoint, or a bundled one by its name ("peeps": StyleGAN2, 128 x 128; "peeps-progan": Progressive GAN, 64 x 64).
+
+    Reads rosinality files ({g_ema, latent_avg} or the plain state dict), files of the official rewriting tool (also with its sequential
+    names) and Progressive GAN files (plain, {state_dict}, features.N). A file whose name is that of a bundled generator wins over it.
+
+    truncation  StyleGAN2 only; see Generator.truncation
+    family      "stylegan2" or "progan" makes a file of the other family an error; None takes what the file holds
+    seed        for the noise of layers whose noise the file does not hold
+
+    Raises FileNotFoundError, IsADirectoryError, CheckpointError (not a checkpoint, damaged, wrong names or shapes, NaN; always a ValueError
+    that names the file) and ValueError for the other arguments. Nothing is loaded in part.
+    """
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"family is one of {', '.join(FAMILIES)} or None, got {family!r}")
+    if not math.isfinite(truncation):
+        raise ValueError(f"truncation is a finite number, got {truncation}")
+    path = _resolved(path_or_name)
+    weights = find_weights(read_torch_file(path), str(path))
+    found = _family(weights)
+    if family not in (None, found):
+        raise CheckpointMismatchError(f"{path} holds a {_FAMILIES[found].WHAT}, but family={family!r} was asked for")
+    generator = stylegan2.load(weights, seed) if found == "stylegan2" else progan.load(weights)
+    generator.path = path
+    generator.truncation = truncation
+    return generator.to(device)
+
+
+def _resolved(path_or_name: str | os.PathLike) -> Path:
+    path = Path(path_or_name)
+    if not path.exists() and str(path_or_name) in BUNDLED:
+        return _ASSETS / BUNDLED[str(path_or_name)]
+    if not path.exists():
+        names = ", ".join(BUNDLED)
+        raise FileNotFoundError(
+            f"there is no file {str(path)!r}, and no bundled generator of that name (there are {names})"
+        )
+    return path
+
+
+def _family(weights: Weights) -> str:
+    for part, what in _FOREIGN:
+        if any(part in name for name in weights.tensors):
+            raise CheckpointMismatchError(f"{weights.origin} holds {what}")
+    scores = {name: module.matching_names(weights.tensors) for name, module in _FAMILIES.items()}
+    best = max(scores, key=scores.get)
+    if not scores[best]:
+        shown = ", ".join(list(weights.tensors)[:8])
+        raise CheckpointMismatchError(
+            f"{weights.origin} holds {len(weights.tensors)} tensors, but not those of a generator known here (StyleGAN2: conv1.conv.weight, "
+            f"convs.0.conv.weight, ...; Progressive GAN: layer1.conv.weight, ...). It holds {shown} ..."
+        )
+    return best

@@ -1,0 +1,145 @@
+"""Finding the generator's weights in a checkpoint, and comparing their names and shapes with those of a generator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrewrite.errors import CheckpointMismatchError, NonFiniteWeightsError
+from pyrewrite.generators.base import Generator
+from pyrewrite.generators.loading._torch_file import PlainArray
+
+# Names under which files keep a generator, the averaged copy before the trained one.
+_AVERAGED = ("g_ema", "G_ema", "generator_ema", "ema", "params_ema")
+_OTHERS = ("g", "G", "generator", "netG", "state_dict", "model", "model_state_dict", "params")
+_WRAPPERS = {"module", "_orig_mod"}  # left by DataParallel and torch.compile
+_SHOWN = 12
+
+
+@dataclass
+class Weights:
+    """The tensors of one generator under the names of the file, without what wrappers added.
+
+    beside   what stood beside the generator in the file (latent_avg, step counters, options)
+    """
+
+    origin: str
+    tensors: dict[str, Tensor]
+    beside: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def find_weights(content: Any, origin: str) -> Weights:
+    """Descend through the wrappers of a checkpoint to the tensors. Raises CheckpointMismatchError where there are none."""
+    beside: dict[str, Any] = {}
+    notes: list[str] = []
+    taken = []
+    while True:
+        if not isinstance(content, Mapping):
+            raise CheckpointMismatchError(
+                f"{origin}{_inside(taken)} holds a {type(content).__name__}; expected names and tensors"
+            )
+        candidates = [name for name in (*_AVERAGED, *_OTHERS) if isinstance(content.get(name), Mapping)]
+        if not candidates:
+            break
+        others = [name for name in candidates[1:] if name in (*_AVERAGED, "g", "G", "generator", "netG")]
+        if others:
+            notes.append(f"generator taken from {candidates[0]!r}; the file also holds {', '.join(map(repr, others))}")
+        beside.update({name: value for name, value in content.items() if name != candidates[0] and name not in others})
+        taken.append(candidates[0])
+        content = content[candidates[0]]
+    tensors = {}
+    for name, value in content.items():
+        if isinstance(value, PlainArray):
+            value = torch.from_numpy(value.array)
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            beside[str(name)] = value
+            continue
+        short = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if short in tensors:
+            raise CheckpointMismatchError(f"{origin} holds {short!r} twice, once behind a wrapper's prefix")
+        tensors[short] = value
+    if not tensors:
+        raise CheckpointMismatchError(
+            f"{origin}{_inside(taken)} holds no tensors, only {_listed(map(str, content)) or 'nothing'}"
+        )
+    return Weights(origin, tensors, beside, notes)
+
+
+def _inside(taken: list[str]) -> str:
+    return f" ({' / '.join(taken)})" if taken else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def require_names(weights: Weights, expected: Iterable[str], what: str) -> None:
+    """Raise CheckpointMismatchError unless the names are exactly those expected; the message lists what is missing and what is extra."""
+    expected = list(expected)
+    missing = [name for name in expected if name not in weights.tensors]
+    known = set(expected)
+    extra = [name for name in weights.tensors if name not in known]
+    if not missing and not extra:
+        return
+    parts = [f"{weights.origin} is not a whole {what}"]
+    if missing:
+        parts.append(f"missing ({len(missing)}): {_listed(missing)}")
+    if extra:
+        parts.append(f"extra ({len(extra)}): {_listed(extra)}")
+    parts.append(f"expected {len(expected)} names such as {_listed(expected[:3])}; nothing was loaded")
+    raise CheckpointMismatchError("; ".join(parts))
+
+
+def fill(generator: Generator, weights: Weights, what: str) -> None:
+    """Copy the tensors into the generator, in float32. Raises before anything is copied when a shape, type or value is wrong."""
+    state = generator.state_dict(keep_vars=True)
+    wrong = [
+        f"{name} is {tuple(weights.tensors[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in state.items()
+        if weights.tensors[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise CheckpointMismatchError(
+            f"{weights.origin} is not a consistent {what}: {_listed(wrong)}; nothing was loaded"
+        )
+    types = [
+        f"{name} is {t.dtype}"
+        for name, t in weights.tensors.items()
+        if not t.is_floating_point() or t.layout != torch.strided
+    ]
+    if types:
+        raise CheckpointMismatchError(
+            f"{weights.origin}: weights are dense floating point numbers, but {_listed(types)}"
+        )
+    bad = [
+        f"{name} ({int((~t.isfinite()).sum())} of {t.numel()})"
+        for name, t in weights.tensors.items()
+        if not t.isfinite().all()
+    ]
+    if bad:
+        raise NonFiniteWeightsError(f"{weights.origin} holds NaN or infinite weights: {_listed(bad)}")
+    stored = sorted({str(t.dtype).removeprefix("torch.") for t in weights.tensors.values()} - {"float32"})
+    if stored:
+        generator.notes.append(f"weights stored as {', '.join(stored)}, computed in float32")
+    with torch.no_grad():
+        for name, tensor in state.items():
+            tensor.copy_(weights.tensors[name])
+    overflow = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if overflow:
+        raise NonFiniteWeightsError(f"{weights.origin} holds weights beyond the range of float32: {_listed(overflow)}")
+
+
+def require_shape(weights: Weights, name: str, dimensions: int) -> tuple[int, ...]:
+    """The shape of a tensor that must have so many dimensions, none of them empty."""
+    shape = tuple(weights.tensors[name].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise CheckpointMismatchError(
+            f"{weights.origin}: {name} is {shape}, expected {dimensions} dimensions, none of them 0"
+        )
+    return shape

@@ -1,0 +1,130 @@
+"""The generator of Progressive GAN (Karras et al., "Progressive Growing of GANs", ICLR 2018), without its growing.
+
+Parameters carry the names of the official rewriting tool's files: layerN.conv.weight, layerN.wscale.b, output_RxR.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyrewrite.generators.base import EditableLayer, Generator
+
+if TYPE_CHECKING:
+    from pyrewrite.ops.insertion import ConvLayer
+
+SLOPE = 0.2
+EPSILON = 1e-8
+
+
+class Conv(nn.Module):
+    def __init__(self, o: int, i: int, k: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(o, i, k, k))
+
+
+class ScaledBias(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.b = nn.Parameter(torch.empty(channels))
+
+
+class Block(nn.Module):
+    """A convolution, then times a constant, plus a bias. The constant is gain / (k sqrt(in)): the equalised learning rate."""
+
+    def __init__(self, o: int, i: int, k: int, gain: float):
+        super().__init__()
+        self.conv = Conv(o, i, k)
+        self.wscale = ScaledBias(o)
+        self.scale = gain / (k * math.sqrt(i))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.wscale.b[:, None, None]
+
+
+@dataclass(frozen=True)
+class ProGANShape:
+    """(out, in, kernel size) of layer1, layer2, ... and the channels of the image."""
+
+    convs: tuple[tuple[int, int, int], ...]
+    image_channels: int = 3
+
+    @property
+    def image_size(self) -> int:
+        return self.convs[0][2] * 2 ** (len(self.convs) // 2 - 1)
+
+    @property
+    def output(self) -> str:
+        return f"output_{self.image_size}x{self.image_size}"
+
+
+class ProGAN(Generator):
+    """Layers layer1 (the latent, by a 4 x 4 convolution with full padding), layer2, layer3 (on the up-sampled map), ..."""
+
+    family = "progan"
+
+    def __init__(self, shape: ProGANShape):
+        super().__init__()
+        self.z_dim = shape.convs[0][1]
+        self.image_size, self.image_channels = shape.image_size, shape.image_channels
+        resolution = shape.convs[0][2]
+        for n, (o, i, k) in enumerate(shape.convs):
+            name = f"layer{n + 1}"
+            block = Block(o, i, k, gain=math.sqrt(2))
+            self.add_module(name, block)
+            if n and n % 2 == 0:
+                resolution *= 2
+            self._layers[name] = EditableLayer(name, resolution, resolution if n else 1, i, o, k, False, block.conv)
+        self._output_name = shape.output
+        self.add_module(shape.output, Block(shape.image_channels, shape.convs[-1][0], 1, gain=1.0))
+        self.requires_grad_(False).eval()
+
+    @property
+    def truncation(self) -> float:
+        return 1.0
+
+    @truncation.setter
+    def truncation(self, value: float) -> None:
+        if value != 1:
+            raise ValueError(f"a ProGAN has no intermediate latent to truncate: truncation is 1, got {value}")
+
+    def _block(self, index: int) -> Block:
+        return getattr(self, f"layer{index + 1}")
+
+    def _padding(self, index: int) -> int:
+        k = self._block(index).conv.weight.shape[-1]
+        return k - 1 if index == 0 else k // 2
+
+    def _begin(self, z: Tensor, render: bool) -> tuple[Tensor, None]:
+        return z[:, :, None, None], None
+
+    def _key(self, index: int, x: Tensor, carry: None) -> tuple[Tensor, None]:
+        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPSILON)  # PixelNorm
+        if index and index % 2 == 0:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return x.contiguous(memory_format=torch.channels_last), None
+
+    def _value(self, index: int, key: Tensor, style: None) -> Tensor:
+        return F.conv2d(key, self._block(index).conv.weight, padding=self._padding(index))
+
+    def _advance(self, index: int, value: Tensor, carry: None) -> tuple[Tensor, None]:
+        return F.leaky_relu(self._block(index).scaled(value), SLOPE), None
+
+    def _image(self, x: Tensor, carry: None) -> Tensor:
+        block = getattr(self, self._output_name)
+        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPSILON)
+        return block.scaled(F.conv2d(x, block.conv.weight))
+
+    def mean_style(self, layer: str | EditableLayer) -> None:
+        self.find_layer(layer)
+
+    def conv_layer(self, layer: str | EditableLayer) -> ConvLayer:
+        from pyrewrite.ops.insertion import ConvLayer
+
+        layer = self.find_layer(layer)
+        return ConvLayer(weight=layer.weight.detach(), padding=self._padding(self._index(layer)))

@@ -1,0 +1,254 @@
+"""StyleGAN2 with skip connections (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020).
+
+Parameters carry the names of the rosinality checkpoints. Modulation is applied to the input of a convolution and demodulation to its output
+(section 2.2 there): the convolution itself is shared by the batch, which makes it the linear associative memory of the rewriting paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyrewrite.generators.base import EditableLayer, Generator, numbered_latents
+from pyrewrite.generators.filters import blur_padding, filtered, upsampled_by_two
+
+if TYPE_CHECKING:
+    from pyrewrite.ops.insertion import ConvLayer
+
+MAPPING_RATE = (
+    0.01  # the learning rate multiplier of the mapping network is part of the published model, not of its weights
+)
+SLOPE = 0.2
+GAIN = math.sqrt(2)
+EPSILON = 1e-8
+MEAN_SAMPLES = 4096
+
+
+class EqualLinear(nn.Module):
+    """x -> x W^T rate / sqrt(fan in) + rate * bias, then leaky ReLU * sqrt 2 if activated."""
+
+    def __init__(self, fan_in: int, fan_out: int, rate: float = 1.0, activated: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
+        self.bias = nn.Parameter(torch.empty(fan_out))
+        self.scale, self.rate, self.activated = rate / math.sqrt(fan_in), rate, activated
+
+    def forward(self, x: Tensor) -> Tensor:  # B x fan_in -> B x fan_out
+        y = F.linear(x * self.scale, self.weight, self.bias * self.rate)
+        return F.leaky_relu(y, SLOPE) * GAIN if self.activated else y
+
+
+class FilterKernel(nn.Module):
+    """Holds a low-pass filter under the name that the checkpoints give it."""
+
+    def __init__(self, height: int, width: int):
+        super().__init__()
+        self.register_buffer("kernel", torch.empty(height, width))
+
+
+class ModulatedConv(nn.Module):
+    """Weight (1 x O x I x k x k) and the linear layer that turns w into the style of the input channels."""
+
+    def __init__(self, o: int, i: int, k: int, style_dim: int, blur: tuple[int, int] | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, o, i, k, k))
+        self.modulation = EqualLinear(style_dim, i)
+        self.scale = 1 / math.sqrt(i * k * k)
+        if blur is not None:
+            self.blur = FilterKernel(*blur)
+
+    @property
+    def kernel(self) -> Tensor | None:
+        return self.blur.kernel if hasattr(self, "blur") else None
+
+
+class NoiseStrength(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1))
+
+
+class Bias(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(channels))
+
+
+class StyledConv(nn.Module):
+    def __init__(self, conv: ModulatedConv):
+        super().__init__()
+        self.conv = conv
+        self.noise = NoiseStrength()
+        self.activate = Bias(conv.weight.shape[1])
+
+
+class ToRGB(nn.Module):
+    def __init__(self, channels: int, i: int, style_dim: int, upsample: tuple[int, int] | None):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(1, channels, 1, 1))
+        if upsample is not None:
+            self.upsample = FilterKernel(*upsample)
+        self.conv = ModulatedConv(channels, i, 1, style_dim)
+
+    def forward(self, x: Tensor, w: Tensor, skip: Tensor | None) -> Tensor:
+        """x: B x I x H x W, skip: B x C x H/2 x W/2 or None -> B x C x H x W"""
+        style = self.conv.modulation(w) * self.conv.scale  # B x I
+        matrix = self.conv.weight[0, :, :, 0, 0] * style[:, None]  # B x C x I
+        rgb = torch.bmm(matrix, x.flatten(2)).view(len(x), -1, *x.shape[2:]) + self.bias
+        return rgb if skip is None else rgb + upsampled_by_two(skip, self.upsample.kernel)
+
+
+@dataclass(frozen=True)
+class StyleGAN2Shape:
+    """Every size of a network, as read from its weights.
+
+    mapping    widths of the mapping network: z, hidden ..., w
+    base       height and width of the learned constant
+    input      channels of the constant
+    convs      (out, in, kernel size) of conv1, convs.0, convs.1, ...
+    blurs      (height, width) of the filter of each up-sampling convolution
+    upsamples  (height, width) of the filter of each skip connection
+    """
+
+    mapping: tuple[int, ...]
+    base: int
+    input: int
+    convs: tuple[tuple[int, int, int], ...]
+    blurs: tuple[tuple[int, int], ...]
+    upsamples: tuple[tuple[int, int], ...]
+    image_channels: int = 3
+
+
+class StyleGAN2(Generator):
+    """Layers layer2 (base resolution), layer3 (up-samples), layer4, layer5 (up-samples), ... as in the official rewriting tool."""
+
+    family = "stylegan2"
+
+    def __init__(self, shape: StyleGAN2Shape):
+        super().__init__()
+        widths, style_dim = shape.mapping, shape.mapping[-1]
+        self.z_dim, self.w_dim = widths[0], style_dim
+        self.image_channels = shape.image_channels
+        # style.0 is the normalisation, which has no weights; the names begin at style.1.
+        mapping = [EqualLinear(a, b, MAPPING_RATE, activated=True) for a, b in zip(widths, widths[1:], strict=False)]
+        self.style = nn.ModuleList([nn.Identity(), *mapping])
+        self.input = nn.Module()
+        self.input.input = nn.Parameter(torch.empty(1, shape.input, shape.base, shape.base))
+        self.noises = nn.Module()
+        self.convs, self.to_rgbs = nn.ModuleList(), nn.ModuleList()
+        resolution = shape.base
+        for n, (o, i, k) in enumerate(shape.convs):
+            up = n % 2 == 1
+            conv = StyledConv(ModulatedConv(o, i, k, style_dim, shape.blurs[n // 2] if up else None))
+            if n == 0:
+                self.conv1 = conv
+                self.to_rgb1 = ToRGB(shape.image_channels, o, style_dim, None)
+            else:
+                self.convs.append(conv)
+                if not up:
+                    self.to_rgbs.append(ToRGB(shape.image_channels, o, style_dim, shape.upsamples[n // 2 - 1]))
+            key_resolution, resolution = resolution, resolution * (2 if up else 1)
+            self.noises.register_buffer(f"noise_{n}", torch.empty(1, 1, resolution, resolution))
+            name = f"layer{n + 2}"
+            self._layers[name] = EditableLayer(name, resolution, key_resolution, i, o, k, up, conv.conv)
+        self.image_size = resolution
+        self.register_buffer("latent_avg", torch.empty(style_dim))
+        self._truncation = 1.0
+        self.requires_grad_(False).eval()
+
+    # -- latents ---------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def truncation(self) -> float:
+        return self._truncation
+
+    @truncation.setter
+    def truncation(self, value: float) -> None:
+        value = float(value)
+        if not math.isfinite(value):
+            raise ValueError(f"truncation is a finite number, got {value}")
+        self._truncation = value
+
+    def mapped(self, z: Tensor) -> Tensor:
+        """z: B x z_dim -> w: B x w_dim, before truncation."""
+        w = z * torch.rsqrt(z.square().mean(1, keepdim=True) + EPSILON)
+        for layer in self.style[1:]:
+            w = layer(w)
+        return w
+
+    def truncated(self, w: Tensor) -> Tensor:
+        return w if self._truncation == 1 else torch.lerp(self.latent_avg, w, self._truncation)
+
+    def estimated_mean_latent(self) -> Tensor:
+        """The mean of w (w_dim) over MEAN_SAMPLES seeded latents, for files that do not hold it."""
+        z = numbered_latents(range(MEAN_SAMPLES), self.z_dim, seed=0).to(self.device, self.dtype)
+        with torch.no_grad():
+            return self.mapped(z).mean(0)
+
+    def mean_style(self, layer: str | EditableLayer) -> Tensor:
+        """I: the style of the layer at the mean latent."""
+        with torch.no_grad():
+            return self.find_layer(layer).conv.modulation(self.latent_avg[None])[0]
+
+    # -- layers ----------------------------------------------------------------------------------------------------------------------
+
+    def _styled(self, index: int) -> StyledConv:
+        return self.conv1 if index == 0 else self.convs[index - 1]
+
+    def _begin(self, z: Tensor, render: bool) -> tuple[Tensor, tuple]:
+        w = self.truncated(self.mapped(z))
+        x = self.input.input.expand(len(z), -1, -1, -1)
+        return x, (w, None, render)
+
+    def _key(self, index: int, x: Tensor, carry: tuple) -> tuple[Tensor, Tensor]:
+        style = self._styled(index).conv.modulation(carry[0])  # B x I
+        return (x * style[:, :, None, None]).contiguous(memory_format=torch.channels_last), style
+
+    def _value(self, index: int, key: Tensor, style: Tensor) -> Tensor:
+        styled = self._styled(index)
+        conv, weight = styled.conv, styled.conv.weight[0]
+        # B x O: the norm of each modulated filter, without building the filters
+        norm = style.square() @ weight.square().sum((2, 3)).t() * conv.scale**2
+        demodulation = torch.rsqrt(norm + EPSILON) * conv.scale
+        if conv.kernel is None:
+            x = F.conv2d(key, weight, padding=weight.shape[-1] // 2)
+        else:
+            x = F.conv_transpose2d(key, weight.transpose(0, 1), stride=2)
+            x = filtered(x, conv.kernel, *blur_padding(conv.kernel, weight.shape[-1]))
+        x = x * demodulation[:, :, None, None] + (self._noise(index) + styled.activate.bias[:, None, None])
+        return F.leaky_relu(x, SLOPE) * GAIN
+
+    def _noise(self, index: int) -> Tensor:
+        return getattr(self.noises, f"noise_{index}")[0, 0] * self._styled(index).noise.weight
+
+    def _advance(self, index: int, value: Tensor, carry: tuple) -> tuple[Tensor, tuple]:
+        w, rgb, render = carry
+        if render and index % 2 == 0:
+            to_rgb = self.to_rgb1 if index == 0 else self.to_rgbs[index // 2 - 1]
+            rgb = to_rgb(value, w, rgb)
+        return value, (w, rgb, render)
+
+    def _image(self, x: Tensor, carry: tuple) -> Tensor:
+        return carry[1]
+
+    def conv_layer(self, layer: str | EditableLayer) -> ConvLayer:
+        from pyrewrite.ops.insertion import ConvLayer
+
+        layer = self.find_layer(layer)
+        conv = layer.conv
+        return ConvLayer(
+            weight=conv.weight.detach()[0],
+            scale=conv.scale,
+            demodulate=True,
+            blur=conv.kernel,
+            bias=self._styled(self._index(layer)).activate.bias.detach(),
+            negative_slope=SLOPE,
+            gain=GAIN,
+            padding=layer.kernel_size // 2,
+        )
