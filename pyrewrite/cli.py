@@ -1,0 +1,376 @@
+"""The command line: progress and warnings on stderr, results on stdout; torch is imported where it is needed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ._version import __version__
+
+FILE = click.argument("file", metavar="GENERATOR")
+DEVICE = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...")
+TRUNCATION = click.option("--truncation", type=float, default=None, help="Pull latents towards the mean; 1 is off.")
+SEED = click.option("--seed", type=int, default=None, help="Seed of the numbered images.  [default: the edit's, or 1]")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+CACHE = click.option("--cache", type=click.Path(file_okay=False), help="Folder of the statistics cache.")
+
+
+class Commands(click.Group):
+    """Turns the package's own errors into one line on stderr and exit status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        warnings.showwarning = _show_warning
+        try:
+            return super().invoke(ctx)
+        except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("stopped; nothing was written", err=True)
+            ctx.exit(130)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    click.echo(f"warning: {message}", err=True)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="pyrewrite")
+def main() -> None:
+    """Change a rule inside a pretrained image generator.
+
+    GENERATOR is a checkpoint file, or the name of a bundled one: peeps (StyleGAN2), peeps-progan.
+    `python -m pyrewrite` says what was built and what this machine offers.
+    """
+
+
+@main.command()
+@FILE
+@DEVICE
+@JSON
+def info(file: str, device: str, as_json: bool) -> None:
+    """Describe a generator: family, sizes, layers, hash."""
+    generator = _load(file, device, None)
+    data = {
+        "file": file,
+        "family": generator.family,
+        "image_size": generator.image_size,
+        "z_dim": generator.z_dim,
+        "hash": generator.weights_hash(),
+        "notes": generator.notes,
+        "layers": [
+            {
+                "name": layer.name,
+                "resolution": layer.resolution,
+                "in_channels": layer.in_channels,
+                "out_channels": layer.out_channels,
+                "kernel_size": layer.kernel_size,
+                "upsample": layer.upsample,
+            }
+            for layer in generator.layers.values()
+        ],
+    }
+    if as_json:
+        _print_json(data)
+        return
+    click.echo(f"{file}: {generator.family}, {generator.image_size} x {generator.image_size}, z of {generator.z_dim}")
+    click.echo(f"hash {data['hash']}")
+    for layer in generator.layers.values():
+        click.echo(f"  {layer!r}")
+    for note in generator.notes:
+        click.echo(f"note: {note}")
+
+
+@main.command()
+@FILE
+@click.argument("layer")
+@click.option("--samples", type=int, default=1000, show_default=True, help="Number of images.")
+@click.option("--out", type=click.Path(dir_okay=False), help="Write the second moment as .npz (count, mom2).")
+@DEVICE
+@TRUNCATION
+@SEED
+@CACHE
+@JSON
+def stats(
+    file: str,
+    layer: str,
+    samples: int,
+    out: str | None,
+    device: str,
+    truncation: float | None,
+    seed: int | None,
+    cache: str | None,
+    as_json: bool,
+) -> None:
+    """Collect the second moment of a layer's keys (cached)."""
+    from .statistics import collect
+
+    generator = _load(file, device, truncation)
+    seed = 1 if seed is None else seed
+    found = collect(generator, layer, samples=samples, seed=seed, cache_dir=cache, progress=True)
+    eigenvalues = found.moment.matrix.cpu().double().numpy()
+    import numpy as np
+
+    spectrum = np.linalg.eigvalsh(eigenvalues)[::-1]
+    if out:
+        found.moment.save(out)
+    data = {
+        "layer": layer,
+        "count": found.moment.count,
+        "channels": len(spectrum),
+        "mean_square": float(spectrum.mean()),
+        "largest_eigenvalue": float(spectrum[0]),
+        "directions_for_99_percent": int((spectrum.cumsum() < 0.99 * spectrum.sum()).sum()) + 1,
+        "from_cache": found.from_cache,
+        "seconds": found.seconds,
+    }
+    if as_json:
+        _print_json(data)
+    else:
+        click.echo("\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in data.items()))
+
+
+def _settings_options(command):
+    options = [
+        click.option("--preset", type=click.Choice(["official"]), help="The published behaviour."),
+        click.option("--method", type=click.Choice(["low_rank", "projected", "least_squares"])),
+        click.option("--rank", type=int),
+        click.option("--targets", type=click.Choice(["paste", "context"])),
+        click.option("--key-method", type=click.Choice(["zca", "mean", "svd", "gandissect"])),
+        click.option("--preserve", type=float, help="Weight of the penalty on change elsewhere."),
+        click.option("--shrinkage", type=float, help="Between whitening (0) and none (large)."),
+        click.option("--steps", type=int),
+        click.option("--lr", type=float),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@FILE
+@click.argument("edit", type=click.Path(exists=True, dir_okay=False))
+@click.option("--out", type=click.Path(dir_okay=False), required=True, help="The patch, a .safetensors file.")
+@click.option("--layer", help="Layer to edit.  [default: the record's]")
+@click.option("--samples", type=int, help="Images for the statistics.  [default: the record's, or 1000]")
+@click.option("--erase", "units", type=int, help="Remove what the context shows: silence this many units.")
+@click.option("--zero", is_flag=True, help="Remove what the context shows, in closed form.")
+@_settings_options
+@DEVICE
+@TRUNCATION
+@SEED
+@CACHE
+@JSON
+def solve(
+    file: str,
+    edit: str,
+    out: str,
+    layer: str | None,
+    samples: int | None,
+    units: int | None,
+    zero: bool,
+    preset: str | None,
+    device: str,
+    truncation: float | None,
+    seed: int | None,
+    cache: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Solve an edit record and write the patch."""
+    from .edit import Edit
+    from .rewriting import Rewriter
+
+    record = Edit.load(edit)
+    layer = layer or record.layer
+    if layer is None:
+        raise click.UsageError("the record does not name a layer: give --layer (see `pyrewrite info`)")
+    chosen = record.resolve(preset)
+    truncation = chosen.truncation if truncation is None else truncation
+    generator = _load(file, device, truncation)
+    rewriter = Rewriter(
+        generator,
+        layer,
+        samples=samples or chosen.samples,
+        seed=chosen.seed if seed is None else seed,
+        cache_dir=cache,
+    )
+    if zero:
+        patch = rewriter.zero(record, **settings)
+    else:
+        with click.progressbar(length=1000, label="solving", file=sys.stderr) as bar:
+            total = record.resolve(preset, **settings).steps
+
+            def progress(done: int, loss: float) -> None:
+                bar.update(int(1000 * done / total) - bar.pos)
+
+            if units is not None:
+                patch = rewriter.erase(record, units, preset, progress=progress, **settings)
+            else:
+                patch = rewriter.solve(record, preset, progress=progress, **settings)
+    patch.save(out)
+    if as_json:
+        _print_json({"patch": out, "report": patch.report.to_dict(), "settings": patch.settings})
+    else:
+        click.echo(f"{out}: {patch.report}")
+
+
+@main.command()
+@FILE
+@click.argument("patches", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@click.option("--out", type=click.Path(dir_okay=False), required=True, help="The edited checkpoint.")
+@click.option("--strength", type=float, default=1.0, show_default=True, help="0 is the original, 1 the patch.")
+@click.option("--force", is_flag=True, help="Apply to a generator that the patch was not made for.")
+def apply(file: str, patches: tuple[str, ...], out: str, strength: float, force: bool) -> None:
+    """Merge patches into a checkpoint of the same format."""
+    from .generators import save_generator
+
+    generator = _load(file, "cpu", None)
+    for patch in _patches(patches, strength):
+        patch.apply_(generator, force=force)
+    save_generator(generator, out)
+    click.echo(f"{out}: {generator.family} with {len(patches)} patches, hash {generator.weights_hash()}")
+
+
+@main.command()
+@FILE
+@click.option("--images", default="0-23", show_default=True, help="Image numbers, such as 0-8,12,200-212.")
+@click.option(
+    "--patch", "patches", multiple=True, type=click.Path(exists=True, dir_okay=False), help="Before and after."
+)
+@click.option("--strength", type=float, default=1.0, show_default=True)
+@click.option("--force", is_flag=True, help="Apply to a generator that the patch was not made for.")
+@click.option("--out", type=click.Path(dir_okay=False), required=True, help="The sheet, a .png file.")
+@DEVICE
+@TRUNCATION
+@SEED
+def sample(
+    file: str,
+    images: str,
+    patches: tuple[str, ...],
+    strength: float,
+    force: bool,
+    out: str,
+    device: str,
+    truncation: float | None,
+    seed: int | None,
+) -> None:
+    """Write a sheet of numbered images, with patches as pairs of before and after."""
+    from .evaluation import contact_sheet
+
+    generator = _load(file, device, truncation)
+    numbers = parse_numbers(images)
+    seed = 1 if seed is None else seed
+    rows = [generator.images(numbers, seed)]
+    if patches:
+        for patch in _patches(patches, strength):
+            patch.apply_(generator, force=force)
+        rows.append(generator.images(numbers, seed))
+    contact_sheet(rows, ["before", "after"] if patches else [""], out, labels=[str(n) for n in numbers])
+    click.echo(f"{out}: {len(numbers)} images")
+
+
+@main.command()
+@FILE
+@click.argument("patches", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@click.option("--images", default="0-99", show_default=True, help="Image numbers, such as 0-8,12,200-212.")
+@click.option(
+    "--edit", type=click.Path(exists=True, dir_okay=False), help="The record: change inside and outside its mask."
+)
+@click.option("--strength", type=float, default=1.0, show_default=True)
+@click.option("--force", is_flag=True, help="Apply to a generator that the patch was not made for.")
+@click.option("--out", type=click.Path(dir_okay=False), help="Also write a sheet, a .png file.")
+@DEVICE
+@TRUNCATION
+@SEED
+@JSON
+def evaluate(
+    file: str,
+    patches: tuple[str, ...],
+    images: str,
+    edit: str | None,
+    strength: float,
+    force: bool,
+    out: str | None,
+    device: str,
+    truncation: float | None,
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    """Measure what patches change in numbered images."""
+    from .evaluation.measure import measure_patches
+
+    generator = _load(file, device, truncation)
+    data = measure_patches(
+        generator,
+        _patches(patches, strength),
+        parse_numbers(images),
+        seed=1 if seed is None else seed,
+        edit=edit,
+        force=force,
+        sheet=out,
+    )
+    if as_json:
+        _print_json(data)
+    else:
+        click.echo("\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in data.items()))
+
+
+@main.command()
+@click.option("--out", type=click.Path(file_okay=False), default="pyrewrite-demo", show_default=True)
+@click.option("--edit", "only", multiple=True, help="Only this edit, by name; may be given again.")
+@click.option("--images", "count", type=int, default=100, show_default=True, help="Images to judge each edit on.")
+@click.option("--official/--no-official", default=True, show_default=True, help="Solve with preset=official beside.")
+@DEVICE
+@JSON
+def demo(out: str, only: tuple[str, ...], count: int, official: bool, device: str, as_json: bool) -> None:
+    """Rewrite rules of the bundled generators and show what became of them."""
+    from .demo import run_demo
+
+    result = run_demo(
+        Path(out), only=only, count=count, official=official, device=device, log=lambda t: click.echo(t, err=True)
+    )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        click.echo(result.table())
+
+
+def parse_numbers(text: str) -> list[int]:
+    """ "0-8,12,200-212" -> image numbers in that order, each once. ValueError names the part that is wrong."""
+    numbers: dict[int, None] = {}
+    for part in (p.strip() for p in text.split(",")):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"image numbers {text!r}: {part!r} is not a number or a range; expected such as 0-8,12")
+        if dash and int(last) < int(first):
+            raise ValueError(f"image numbers {text!r}: the range {part!r} ends before it begins")
+        if int(last or first) - int(first) >= 100_000:
+            raise ValueError(f"image numbers {text!r}: the range {part!r} has more than 100000 images")
+        numbers.update(dict.fromkeys(range(int(first), int(last or first) + 1)))
+    return list(numbers)
+
+
+def _load(file: str, device: str, truncation: float | None):
+    from .generators import load_generator
+
+    return load_generator(file, device=device, **({} if truncation is None else {"truncation": truncation}))
+
+
+def _patches(paths: tuple[str, ...], strength: float):
+    from .rewriting import LowRankPatch
+
+    patches = [LowRankPatch.load(path) for path in paths]
+    return [patch if strength == 1 else patch.scaled(strength) for patch in patches]
+
+
+def _print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=1))
+
+
+if __name__ == "__main__":
+    main()

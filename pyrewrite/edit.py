@@ -1,0 +1,241 @@
+"""The edit record: what a user chose, as JSON that the official tool reads and writes too.
+
+The record is the official one (`object`, `paste`, `key`, `query`; masks are PNG data URLs) with one more key,
+`pyrewrite`, that says which generator, layer and settings it belongs to. Unknown keys are kept as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ._files import write_atomically
+from .errors import EditError
+
+FORMAT_VERSION = 1
+METHODS = ("low_rank", "projected", "least_squares")
+TARGETS = ("paste", "context")
+KEY_METHODS = ("zca", "mean", "svd", "gandissect")
+WEIGHTINGS = ("box", "alpha")
+CROPS = ("surroundings", "alone")
+
+
+class Selection(NamedTuple):
+    """A painted region of one numbered image: `mask` is a PNG data URL, white where painted."""
+
+    image: int
+    mask: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an edit is solved. Every field can stand in the record's `pyrewrite.settings`.
+
+    method: "low_rank" (Adam on Lambda), "projected" (Adam on the weights, projected every `project_every` steps;
+        the official default) or "least_squares" (closed form).
+    rank: number of directions r.
+    key_method: how the context becomes directions: "zca", "mean", "svd" or "gandissect".
+    targets: "paste" (the object is pasted into one image) or "context" (into the paste and every context image).
+    preserve: weight mu of the penalty on the expected change over all keys.
+    shrinkage: a in C + a mean(eigenvalue) I before whitening.
+    weighting: "box" weighs all pixels of the pasted box alike, "alpha" weighs them by the object's mask.
+    crop: "surroundings" convolves the crop with the keys around it, "alone" with zeros around it (as published).
+    warm_start: begin the loop at the closed form instead of zero ("low_rank" only).
+    steps, lr, project_every: the optimisation loop.
+    samples, seed, truncation: the statistics, and the images that the numbers of the record mean.
+    """
+
+    method: str = "low_rank"
+    rank: int = 10
+    key_method: str = "zca"
+    targets: str = "context"
+    preserve: float = 0.1
+    shrinkage: float = 0.3
+    weighting: str = "box"
+    crop: str = "surroundings"
+    warm_start: bool = True
+    steps: int = 301
+    lr: float = 0.05
+    project_every: int = 10
+    samples: int = 1000
+    seed: int = 1
+    truncation: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise EditError(f"setting {name!r} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        for name, least in _INTEGERS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise EditError(f"setting {name!r} is {value!r}; expected a whole number of at least {least}")
+        for name, least in _NUMBERS.items():
+            value = getattr(self, name)
+            finite = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+            if not finite or (value < least if least is not None else value <= 0):
+                bound = "above 0" if least is None else f"of at least {least}"
+                raise EditError(f"setting {name!r} is {value!r}; expected a finite number {bound}")
+        if not isinstance(self.warm_start, bool):
+            raise EditError(f"setting 'warm_start' is {self.warm_start!r}; expected true or false")
+
+    def replace(self, **changes: Any) -> Settings:
+        """A copy with some settings changed; an unknown name is an EditError."""
+        unknown = sorted(set(changes) - set(SETTING_NAMES))
+        if unknown:
+            raise EditError(f"unknown setting {unknown[0]!r}; expected one of {', '.join(SETTING_NAMES)}")
+        return dataclasses.replace(self, **changes)
+
+
+_CHOICES = {"method": METHODS, "key_method": KEY_METHODS, "targets": TARGETS, "weighting": WEIGHTINGS, "crop": CROPS}
+_INTEGERS = {"rank": 1, "steps": 1, "project_every": 1, "samples": 1, "seed": 0}
+_NUMBERS = {"preserve": 0, "shrinkage": 0, "lr": None, "truncation": 0}  # None: must be above zero
+SETTING_NAMES = tuple(f.name for f in dataclasses.fields(Settings))
+
+# The published behaviour: the defaults of the official notebook (Bau et al. 2020 and its code).
+OFFICIAL = {
+    "method": "projected",
+    "rank": 1,
+    "key_method": "zca",
+    "targets": "paste",
+    "preserve": 0.0,
+    "shrinkage": 0.0,
+    "weighting": "box",
+    "crop": "alone",
+    "warm_start": False,
+    "steps": 2001,
+    "lr": 0.05,
+    "project_every": 10,
+}
+PRESETS = {"official": OFFICIAL}
+
+
+@dataclass
+class Edit:
+    """One edit: copy `object`, paste it at `paste`, in the context of `context`.
+
+    object, paste, query: a Selection or None. context: the record's `key`, a list of Selections (empty: the paste is
+    the context). layer: name such as "layer8" or None. settings: only what the record says, as a dict.
+    """
+
+    object: Selection | None = None
+    paste: Selection | None = None
+    context: list[Selection] = field(default_factory=list)
+    query: Selection | None = None
+    name: str | None = None
+    layer: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    generator: dict[str, str] | None = None
+    protect: list[Selection] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Edit:
+        """Read a record written by this package or by the official tool.
+
+        Raises FileNotFoundError, or EditError naming the file and the field at fault.
+        """
+        path = Path(path)
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise EditError(f"{path}: not an edit record: expected JSON ({error})") from error
+        edit = cls.from_dict(record, source=str(path))
+        if edit.name is None:
+            edit.name = path.stem
+        return edit
+
+    @classmethod
+    def from_dict(cls, record: Any, source: str = "edit record") -> Edit:
+        """Build from the parsed JSON; `source` names it in errors."""
+        if not isinstance(record, dict):
+            raise EditError(f"{source}: expected a JSON object with 'object', 'paste', 'key', got {_kind(record)}")
+        known = {"object", "paste", "key", "query", "pyrewrite"}
+        if not known & set(record):
+            raise EditError(f"{source}: none of 'object', 'paste', 'key', 'query' is there: not an edit record")
+        own = record.get("pyrewrite") or {}
+        if not isinstance(own, dict):
+            raise EditError(f"{source}: field 'pyrewrite' is {_kind(own)}; expected an object")
+        version = own.get("version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise EditError(f"{source}: field 'pyrewrite.version' is {version!r}; this release reads {FORMAT_VERSION}")
+        settings = own.get("settings") or {}
+        if not isinstance(settings, dict):
+            raise EditError(f"{source}: field 'pyrewrite.settings' is {_kind(settings)}; expected an object")
+        try:
+            Settings().replace(**settings)
+        except (EditError, TypeError) as error:
+            raise EditError(f"{source}: field 'pyrewrite.settings': {error}") from error
+        for name in ("name", "layer"):
+            if own.get(name) is not None and not isinstance(own[name], str):
+                raise EditError(f"{source}: field 'pyrewrite.{name}' is {_kind(own[name])}; expected a string")
+        return cls(
+            object=_selection(record.get("object"), source, "object"),
+            paste=_selection(record.get("paste"), source, "paste"),
+            context=_selections(record.get("key"), source, "key"),
+            query=_selection(record.get("query"), source, "query"),
+            name=own.get("name"),
+            layer=own.get("layer"),
+            settings=dict(settings),
+            generator=own.get("generator"),
+            protect=_selections(own.get("protect"), source, "pyrewrite.protect"),
+            extra={k: v for k, v in record.items() if k not in known},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON-ready data; the official tool reads it."""
+        record: dict[str, Any] = dict(self.extra)
+        for name in ("object", "paste", "query"):
+            if (selection := getattr(self, name)) is not None:
+                record[name] = list(selection)
+        if self.context:
+            record["key"] = [list(s) for s in self.context]
+        own = {
+            "version": FORMAT_VERSION,
+            "name": self.name,
+            "generator": self.generator,
+            "layer": self.layer,
+            "settings": self.settings or None,
+            "protect": [list(s) for s in self.protect] or None,
+        }
+        record["pyrewrite"] = {k: v for k, v in own.items() if v is not None}
+        return record
+
+    def save(self, path: str | Path) -> None:
+        """Write the record; the file is whole or as it was."""
+        write_atomically(path, json.dumps(self.to_dict(), indent=1).encode())
+
+    def resolve(self, preset: str | None = None, **overrides: Any) -> Settings:
+        """The settings to solve with: defaults, then the record's, then the preset's, then `overrides`."""
+        if preset is not None and preset not in PRESETS:
+            raise EditError(f"unknown preset {preset!r}; expected {', '.join(map(repr, PRESETS))} or None")
+        chosen = {**self.settings, **(PRESETS[preset] if preset else {})}
+        return Settings().replace(**{**chosen, **{k: v for k, v in overrides.items() if v is not None}})
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _selection(value: Any, source: str, field_name: str) -> Selection | None:
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise EditError(f"{source}: field {field_name!r}: expected [image number, mask data URL], got {_kind(value)}")
+    image, mask = value
+    if isinstance(image, bool) or not isinstance(image, int) or image < 0:
+        raise EditError(f"{source}: field {field_name!r}: image number {image!r}; expected a whole number from 0")
+    if not isinstance(mask, str):
+        raise EditError(f"{source}: field {field_name!r}: the mask is {_kind(mask)}; expected a PNG data URL")
+    return Selection(image, mask)
+
+
+def _selections(value: Any, source: str, field_name: str) -> list[Selection]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise EditError(f"{source}: field {field_name!r} is {_kind(value)}; expected a list of selections")
+    chosen = (_selection(v, source, f"{field_name}[{i}]") for i, v in enumerate(value))
+    return [s for s in chosen if s is not None]

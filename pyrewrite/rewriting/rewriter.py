@@ -1,0 +1,469 @@
+"""The Rewriter: one layer of a generator as an associative memory, with its statistics, searches and solvers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..edit import Edit, Selection, Settings
+from ..errors import EditError
+from ..generators import Generator
+from ..ops import demodulation, insert_low_rank, insert_projected, solve_low_rank
+from ..statistics import LayerStatistics, SecondMoment, collect, top_images
+from .keys import context_directions, unusual_units
+from .patch import LayerUpdate, LowRankPatch
+from .report import CHANGED, Report
+from .selection import Box, bounding_box, decode_mask, islands, mask_on_map
+from .targets import (
+    Captured,
+    Placed,
+    capture,
+    context_examples,
+    cut_object,
+    make_target,
+    paste_target,
+    paste_values,
+    value_of,
+)
+
+Progress = Callable[[int, float], None]
+
+
+class Rewriter:
+    """Solves edits of one layer of a generator (paper, section 3).
+
+    generator: its weights as they are now are what an edit starts from; patches that are active stay active.
+    layer: a name out of `generator.layers`. samples, seed: images 0 to samples - 1 of that seed make the statistics;
+    the seed also says which image a number in a record means. cache_dir: folder of the statistics cache (None: the
+    user's cache folder, False: none). progress: of the statistics, True for a bar on stderr, False for none, or a
+    function of (images done, images in all). statistics: ready ones instead of collecting them.
+
+    Raises UnknownLayerError for a layer that is not there.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        layer: str,
+        *,
+        samples: int = 1000,
+        seed: int = 1,
+        cache_dir: str | Path | bool | None = None,
+        progress: Callable[[int, int], None] | bool = True,
+        statistics: LayerStatistics | None = None,
+    ) -> None:
+        self.generator = generator
+        self.layer = generator.find_layer(layer).name
+        self.samples = samples
+        self.seed = seed
+        self.cache_dir = cache_dir
+        self._progress = progress
+        self._statistics = statistics or self._collect()
+        self._keys_hash = self._hash_of_keys()
+
+    # -- statistics --------------------------------------------------------------------------------------------------
+
+    def _collect(self, quantiles: bool = False) -> LayerStatistics:
+        return collect(
+            self.generator,
+            self.layer,
+            samples=self.samples,
+            seed=self.seed,
+            cache_dir=self.cache_dir,
+            quantiles=quantiles,
+            progress=self._progress,
+        )
+
+    def _hash_of_keys(self) -> tuple[str, float]:
+        """What the keys depend on. Patches of this layer and of later ones do not reach its keys."""
+        order = list(self.generator.layers)
+        patches = self.generator.patches
+        active = patches.active if patches else []
+        if all(order.index(u.layer) >= order.index(self.layer) for p in active for u in p.updates):
+            return (patches.original_hash if patches else self.generator.weights_hash()), self.generator.truncation
+        return self.generator.weights_hash(), self.generator.truncation
+
+    @property
+    def statistics(self) -> LayerStatistics:
+        """The layer's statistics for the generator as it is now; collected again when its keys have changed."""
+        now = self._hash_of_keys()
+        if now != self._keys_hash:
+            self._statistics = self._collect()
+            self._keys_hash = now
+        return self._statistics
+
+    @property
+    def moment(self) -> SecondMoment:
+        """Second moment C of the keys: .count, .matrix (float64 I x I), .whitener(shrinkage=...)."""
+        return self.statistics.moment
+
+    def _quantiles(self):
+        if self.statistics.quantiles is None:
+            self._statistics = self._collect(quantiles=True)
+        return self._statistics.quantiles
+
+    # -- edits -------------------------------------------------------------------------------------------------------
+
+    def directions(self, edit: Edit, settings: Settings | None = None) -> Tensor:
+        """The edit's context as directions D, r x I float32."""
+        settings = settings or edit.resolve()
+        context = self._context(edit)
+        return self._directions(
+            capture(self.generator, self.layer, [s.image for s in context], self.seed), context, settings
+        )
+
+    def solve(
+        self,
+        edit: Edit | Sequence[Edit],
+        preset: str | None = None,
+        *,
+        progress: Progress | None = None,
+        impl: str | None = None,
+        **overrides,
+    ) -> LowRankPatch:
+        """Solve an edit, or several together, and return it as a patch; the generator is left as it was.
+
+        preset: "official" for the published behaviour. overrides: settings such as rank=30 or method="least_squares"
+        (see Settings). Several edits share one solution: their directions are joined and every target counts.
+        progress: called with (steps done, loss); whatever it raises ends the solve. impl: of the insertion op.
+
+        The patch's `.report` says what the edit leaves in the generator; EditWarning where it did not take.
+        Raises EditError for a record that cannot be solved, NonFiniteError for NaN or infinity in the activations.
+        """
+        edits = [edit] if isinstance(edit, Edit) else list(edit)
+        if not edits:
+            raise EditError("no edit to solve: expected an Edit or a list of them")
+        settings = self._settings(edits[0], preset, overrides)
+        clock = _Clock()
+        wanted = [n for e in edits for n in _numbers(e, settings)]
+        captured = capture(self.generator, self.layer, wanted, self.seed)
+        clock.lap("capture")
+        direction = _join([self._directions(captured, self._context(e), settings) for e in edits])  # r x I
+        clock.lap("directions")
+        targets = [target for e in edits for target in self._targets(captured, e, settings)]
+        patch = self._insert(targets, captured, direction, settings, clock, progress, impl)
+        patch.name = " + ".join(e.name or "edit" for e in edits)
+        for e in edits:
+            patch.report.islands.update(_islands(e))
+        patch.report.judge()
+        return patch
+
+    def erase(
+        self,
+        edit: Edit,
+        units: int = 30,
+        preset: str | None = None,
+        *,
+        progress: Progress | None = None,
+        impl: str | None = None,
+        **overrides,
+    ) -> LowRankPatch:
+        """Solve a removal: the goal is what the layer gives with the context's most typical `units` silenced.
+
+        Units are chosen by k^2 / E[k^2] over the context's masks. preset="official" takes the whole image of the
+        record's paste as key and goal; otherwise every context image is a target, inside the box of its mask, and a
+        record without a paste is enough. See `zero` for the closed form.
+        Raises EditError when none of the chosen units is more active under the masks than elsewhere.
+        """
+        settings = self._settings(edit, preset, overrides)
+        if units < 1:
+            raise EditError(f"units is {units}; expected a whole number of at least 1")
+        clock = _Clock()
+        context = self._context(edit)
+        whole = settings.crop == "alone"
+        if settings.targets == "paste" and edit.paste is None:
+            raise EditError("field 'paste' is missing: with targets='paste' an erase needs the image it names")
+        chosen = [edit.paste] if settings.targets == "paste" else context
+        captured = capture(self.generator, self.layer, [s.image for s in [*context, *chosen]], self.seed)
+        examples = context_examples(captured, context, self._image_size)
+        silenced, scores = unusual_units(self.moment, examples, units)
+        if float(scores.max()) <= 1:
+            raise EditError(
+                "no unit is more active under the masks than it is on average: there is nothing to erase there"
+            )
+        clock.lap("capture")
+        direction = self._directions(captured, context, settings)
+        conv = self.generator.conv_layer(self.layer)
+        targets = []
+        for selection in chosen:
+            row = captured.index[selection.image]
+            key = captured.key[row].clone()  # I x h x w
+            key[silenced] = 0  # units silenced everywhere, as published
+            goal = value_of(conv, captured, row, key)  # O x H x W
+            size = captured.value_size
+            box = Box(0, 0, *size)
+            if not whole:
+                box = bounding_box(mask_on_map(selection.mask, size, self._image_size, "context mask"), "context mask")
+            targets.append(make_target(conv, captured, selection.image, goal, box))
+        patch = self._insert(targets, captured, direction, settings, clock, progress, impl)
+        patch.name = edit.name
+        patch.settings["units"] = units
+        patch.report.judge()
+        return patch
+
+    def zero(self, edit: Edit, **overrides) -> LowRankPatch:
+        """The closed form of a removal: Delta W = -P_D W, the layer no longer answers to the context's directions."""
+        settings = self._settings(edit, None, overrides)
+        clock = _Clock()
+        context = self._context(edit)
+        captured = capture(self.generator, self.layer, [s.image for s in context], self.seed)
+        direction = self._directions(captured, context, settings)  # r x I
+        weight = self.generator.conv_layer(self.layer).weight.detach()  # O x I x kh x kw
+        lambda_ = -torch.einsum("oiyx,di->odyx", weight.double(), direction.double())  # O x r x kh x kw
+        relative = float(lambda_.norm() / weight.norm())
+        patch = self._patch(direction, lambda_.float(), settings)
+        patch.name = edit.name
+        patch.report = Report(
+            layer=self.layer, method="zero", rank=len(direction), steps=0, loss_before=0.0, loss_after=0.0,
+            loss_shown=None, context_changed=1.0, relative_size=relative, targets=[], seconds=clock.seconds,
+        )  # fmt: skip
+        return patch
+
+    def search(self, edit: Edit, k: int = 12, samples: int | None = None) -> list[tuple[int, float]]:
+        """The k images whose keys answer most to the edit's context: (image number, score), best first.
+
+        Score: the largest d . k over the image's pixels, with d the rank-1 direction of the context.
+        """
+        direction = self.directions(edit, edit.resolve(rank=1, key_method="zca"))[0]  # I
+        return top_images(self.generator, self.layer, direction, samples=samples or self.samples, seed=self.seed, k=k)
+
+    def pasted(self, edit: Edit, numbers: Iterable[int], mask: str | None = None) -> tuple[Tensor, Tensor]:
+        """The numbered images with the object pasted into their values, before any rule is changed.
+
+        mask: where, a data URL (default: the paste's mask, or the first context mask). Returns images
+        B x 3 x H x W and the object's alpha on the image, H x W in [0, 1].
+        """
+        where = mask or (edit.paste or self._context(edit)[0]).mask
+        numbers = list(numbers)
+        source = capture(self.generator, self.layer, [_required(edit.object, "object").image], self.seed)
+        thing = cut_object(source, edit.object, self._image_size)
+        images = []
+        alpha = torch.zeros(source.value_size)  # H x W of the value map
+        for first in range(0, len(numbers), 8):
+            with torch.no_grad():
+                z = self.generator.latents(numbers[first : first + 8], self.seed)
+                activation = self.generator.capture(self.layer, z)
+                value = activation.value.clone()  # B x O x H x W
+                for i in range(len(value)):
+                    value[i], box = paste_values(value[i], thing, Selection(0, where), self._image_size, "paste mask")
+                images.append(self.generator.finish(self.layer, activation, value))
+        if numbers:
+            alpha[box.slices()] = thing.alpha.cpu()
+        shown = torch.nn.functional.interpolate(
+            alpha[None, None], self._image_size, mode="bilinear", align_corners=False
+        )
+        return torch.cat(images), shown[0, 0]
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _image_size(self) -> tuple[int, int]:
+        return self.generator.image_size, self.generator.image_size
+
+    def _settings(self, edit: Edit, preset: str | None, overrides: dict) -> Settings:
+        for name in ("samples", "seed", "truncation"):
+            if name in overrides:
+                raise EditError(f"{name} belongs to the Rewriter and its generator, not to one solve")
+        truncation = edit.settings.get("truncation")
+        if truncation is not None and truncation != self.generator.truncation:
+            raise EditError(
+                f"setting 'truncation': the record's masks were painted at {truncation}, the generator is at "
+                f"{self.generator.truncation}: load it with the record's truncation"
+            )
+        seed = edit.settings.get("seed")
+        if seed is not None and seed != self.seed:
+            raise EditError(
+                f"setting 'seed': the record's image numbers belong to seed {seed}, the Rewriter's is {self.seed}"
+            )
+        settings = edit.resolve(preset, **overrides)
+        if settings.method == "projected" and settings.preserve > 0:
+            given = overrides.get("preserve") or (edit.settings.get("preserve") if preset is None else None)
+            if given:
+                raise EditError("setting 'preserve' works with low_rank and least_squares, not with projected")
+            settings = settings.replace(preserve=0.0)
+        return settings.replace(samples=self.samples, seed=self.seed, truncation=self.generator.truncation)
+
+    def _context(self, edit: Edit) -> list[Selection]:
+        context = edit.context or ([edit.paste] if edit.paste else [])
+        if not context:
+            raise EditError("fields 'key' and 'paste' are both missing: expected a context")
+        return context
+
+    def _directions(self, captured: Captured, context: list[Selection], settings: Settings) -> Tensor:
+        return context_directions(
+            self.moment,
+            context_examples(captured, context, self._image_size),
+            rank=settings.rank,
+            method=settings.key_method,
+            shrinkage=settings.shrinkage,
+            quantiles=self._quantiles() if settings.key_method == "gandissect" else None,
+        )
+
+    def _targets(self, captured: Captured, edit: Edit, settings: Settings) -> list[Placed]:
+        conv = self.generator.conv_layer(self.layer)
+        thing = cut_object(captured, _required(edit.object, "object"), self._image_size)
+        return [
+            paste_target(
+                conv,
+                captured,
+                selection,
+                thing,
+                self._image_size,
+                weighting=settings.weighting,
+                surroundings=settings.crop == "surroundings",
+                what=what,
+            )
+            for what, selection in _places(edit, settings)
+        ]
+
+    def _penalty(self, direction: Tensor, preserve: float) -> tuple[Tensor, Tensor] | None:
+        """(q: O, P: r x r): q_o <Lambda_o, P Lambda_o> is mu times the expected squared change over all keys."""
+        if preserve == 0:
+            return None
+        conv = self.generator.conv_layer(self.layer)
+        matrix = self.moment.matrix.to(direction.device)  # I x I float64
+        p = direction.double() @ matrix @ direction.double().t()  # r x r
+        q = torch.full((conv.weight.shape[0],), conv.scale**2, dtype=torch.float64, device=direction.device)  # O
+        if conv.demodulate:
+            style = self.generator.mean_style(self.layer).double()  # I
+            q = q * demodulation(conv, conv.weight.detach().double(), style).square()
+        return (preserve * q).float(), p.float()
+
+    def _insert(
+        self,
+        placed: list[Placed],
+        captured: Captured,
+        direction: Tensor,
+        settings: Settings,
+        clock: _Clock,
+        progress: Progress | None,
+        impl: str | None,
+    ) -> LowRankPatch:
+        conv = self.generator.conv_layer(self.layer)
+        targets = [p.target for p in placed]
+        penalty = self._penalty(direction, settings.preserve)
+        loop = {"steps": settings.steps, "lr": settings.lr, "callback": progress}
+        shown = None
+        with torch.no_grad():
+            if settings.method == "least_squares":
+                lambda_ = solve_low_rank(conv, direction, targets, penalty=penalty)
+            elif settings.method == "low_rank":
+                init = solve_low_rank(conv, direction, targets, penalty=penalty) if settings.warm_start else None
+                clock.lap("closed form")
+                result = insert_low_rank(conv, direction, targets, penalty=penalty, init=init, impl=impl, **loop)
+                lambda_, shown = result.lambda_, float(result.losses[-1])
+            else:
+                result = insert_projected(conv, direction, targets, project_every=settings.project_every, **loop)
+                lambda_, shown = result.lambda_, float(result.losses[-1])
+        clock.lap("solve")
+        patch = self._patch(direction, lambda_, settings)
+        patch.report = self._measure(patch, placed, captured, settings, shown)
+        clock.lap("report")
+        patch.report.seconds = clock.seconds
+        return patch
+
+    def _patch(self, direction: Tensor, lambda_: Tensor, settings: Settings) -> LowRankPatch:
+        patches = self.generator.patches
+        return LowRankPatch(
+            [LayerUpdate(self.layer, direction.cpu(), lambda_.detach().float().cpu())],
+            generator={
+                "family": self.generator.family,
+                "hash": patches.original_hash if patches else self.generator.weights_hash(),
+            },
+            settings={name: getattr(settings, name) for name in settings.__dataclass_fields__},
+        )
+
+    def _measure(
+        self, patch: LowRankPatch, placed: list[Placed], captured: Captured, settings: Settings, shown: float | None
+    ) -> Report:
+        """Apply the patch, run the target images through the generator again, compare with the goals, take it off."""
+        with patch.applied(self.generator):
+            after = capture(self.generator, self.layer, captured.index, self.seed)
+        losses = []
+        for image, target, crop in ((p.image, p.target, p.crop) for p in placed):
+            rows, columns = crop.slices()
+            row = captured.index[image]
+            weight = torch.ones_like(target.goal[0]) if target.weight is None else target.weight  # h x w
+            before, now = (
+                float(((c.value[row, :, rows, columns] - target.goal).abs().mean(0) * weight).sum() / weight.sum())
+                for c in (captured, after)
+            )
+            losses.append({"image": image, "before": before, "after": now})
+        mean = lambda name: sum(t[name] for t in losses) / len(losses)  # noqa: E731
+        weight = self.generator.conv_layer(self.layer).weight
+        return Report(
+            layer=self.layer,
+            method=settings.method,
+            rank=patch.updates[0].rank,
+            steps=0 if settings.method == "least_squares" else settings.steps,
+            loss_before=mean("before"),
+            loss_after=mean("after"),
+            loss_shown=shown,
+            context_changed=sum(t["after"] <= (1 - CHANGED) * t["before"] for t in losses) / len(losses),
+            relative_size=float(patch.updates[0].delta().norm() / weight.detach().double().norm()),
+            targets=losses,
+        )
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def _required(selection: Selection | None, field: str) -> Selection:
+    if selection is None:
+        raise EditError(f"field {field!r} is missing: this record can be erased or zeroed, not inserted")
+    return selection
+
+
+def _places(edit: Edit, settings: Settings) -> list[tuple[str, Selection]]:
+    """Where the object goes: the paste, and with targets='context' every other context image too."""
+    places = [("paste mask", edit.paste)] if edit.paste else []
+    if settings.targets == "paste":
+        _required(edit.paste, "paste")
+        return places
+    seen = {edit.paste.image} if edit.paste else set()
+    places += [(f"context mask {i}", s) for i, s in enumerate(edit.context) if s.image not in seen]
+    if not places:
+        raise EditError("fields 'paste' and 'key' are both missing: expected where to paste the object")
+    return places
+
+
+def _numbers(edit: Edit, settings: Settings) -> list[int]:
+    _required(edit.object, "object")
+    selections = [edit.object, *(s for _, s in _places(edit, settings)), *edit.context]
+    return [s.image for s in selections]
+
+
+def _islands(edit: Edit) -> dict[str, list[int]]:
+    named = [("object mask", edit.object), ("paste mask", edit.paste)]
+    named += [(f"context mask {i}", s) for i, s in enumerate(edit.context)]
+    found = {}
+    for what, selection in named:
+        if selection is not None:
+            image = decode_mask(selection.mask, what)
+            regions = islands(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, -1))
+            if len(regions) > 1:
+                found[what] = regions
+    return found
+
+
+def _join(directions: list[Tensor]) -> Tensor:
+    """Directions of several edits -> an orthonormal basis of their span, r x I."""
+    if len(directions) == 1:
+        return directions[0]
+    stacked = torch.cat(directions).double()  # sum of ranks x I
+    _, s, v = torch.linalg.svd(stacked, full_matrices=False)
+    return v[s > 1e-6 * s[0]].float().contiguous()

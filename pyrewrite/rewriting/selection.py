@@ -1,0 +1,130 @@
+"""Painted masks and where they lie on a layer's maps.
+
+A mask is read as the official tool reads it: the red channel of the image as RGB (never alpha), resized bilinearly.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ..errors import EditError
+
+MAX_MASK_BYTES = 16 << 20
+MAX_MASK_PIXELS = 8192 * 8192
+
+
+class Box(NamedTuple):
+    """Half-open rows top..bottom and columns left..right of a map."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    @property
+    def center(self) -> tuple[int, int]:
+        return (self.top + self.bottom) // 2, (self.left + self.right) // 2
+
+    def slices(self) -> tuple[slice, slice]:
+        return slice(self.top, self.bottom), slice(self.left, self.right)
+
+
+def decode_mask(url: str, what: str = "mask") -> Image.Image:
+    """PNG data URL -> single-channel image (mode L) in the size it was painted. EditError names `what`."""
+    head, _, body = url.partition(",")
+    if not head.startswith("data:image/") or not head.endswith(";base64"):
+        raise EditError(f"{what}: expected a data URL 'data:image/png;base64,...', got {url[:32]!r}")
+    if len(body) > MAX_MASK_BYTES:
+        raise EditError(f"{what}: {len(body)} characters; expected at most {MAX_MASK_BYTES}")
+    try:
+        data = base64.b64decode(body, validate=True)
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_MASK_PIXELS:
+            raise EditError(f"{what}: {image.width} x {image.height} pixels; expected at most {MAX_MASK_PIXELS}")
+        return image.convert("RGB").getchannel("R")
+    except (binascii.Error, UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise EditError(f"{what}: the data URL does not hold an image ({error})") from error
+
+
+def encode_mask(mask: np.ndarray | Tensor) -> str:
+    """H x W array, bool or in [0, 1] -> PNG data URL, white where set, as the interfaces write it."""
+    values = np.asarray(mask, dtype=np.float32)
+    if values.ndim != 2 or not np.isfinite(values).all():
+        raise EditError(f"mask: expected a finite H x W array, got shape {values.shape}")
+    file = io.BytesIO()
+    Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB").save(file, format="png")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def mask_on_map(url: str, size: tuple[int, int], image_size: tuple[int, int], what: str = "mask") -> Tensor:
+    """The mask on a map of `size` (rows, columns): float32 H x W in [0, 1].
+
+    The mask may be of another size than the image (the official tool paints on 256 x 256 canvases for every
+    generator) but must have the image's proportions, else EditError.
+    """
+    image = decode_mask(url, what)
+    if image.width * image_size[0] != image.height * image_size[1]:
+        raise EditError(
+            f"{what}: the mask is {image.width} x {image.height} pixels and the image "
+            f"{image_size[1]} x {image_size[0]}: expected the same proportions"
+        )
+    resized = image.resize((size[1], size[0]), resample=Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized)).float() / 255  # H x W
+
+
+def bounding_box(area: Tensor, what: str = "mask") -> Box:
+    """The box around area > 0 (H x W). An empty mask is an EditError."""
+    rows, columns = (area > 0).any(1).nonzero(), (area > 0).any(0).nonzero()
+    if len(rows) == 0:
+        raise EditError(f"{what}: the mask is empty: expected painted pixels")
+    return Box(int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1)
+
+
+def place(height: int, width: int, center: tuple[int, int], size: tuple[int, int]) -> Box:
+    """A box of height x width centred at `center`, moved inside a map of `size` (official rule)."""
+    top = max(0, min(size[0] - height, center[0] - height // 2))
+    left = max(0, min(size[1] - width, center[1] - width // 2))
+    return Box(top, left, min(top + height, size[0]), min(left + width, size[1]))
+
+
+def align(box: Box, stride: int) -> Box:
+    """The smallest box on multiples of `stride` that contains `box`."""
+    return Box(
+        box.top // stride * stride,
+        box.left // stride * stride,
+        -(-box.bottom // stride) * stride,
+        -(-box.right // stride) * stride,
+    )
+
+
+def islands(area: Tensor) -> list[int]:
+    """The sizes in pixels of the 4-connected regions of area > 0 (H x W), largest first."""
+    todo = {(int(y), int(x)) for y, x in (area > 0).nonzero()}
+    sizes = []
+    while todo:
+        stack, size = [todo.pop()], 0
+        while stack:
+            y, x = stack.pop()
+            size += 1
+            for near in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
+                if near in todo:
+                    todo.remove(near)
+                    stack.append(near)
+        sizes.append(size)
+    return sorted(sizes, reverse=True)

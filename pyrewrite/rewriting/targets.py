@@ -1,0 +1,161 @@
+"""From selections to insertion targets: the object's values pasted into other images' values, with the keys there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..edit import Selection
+from ..errors import EditError, NonFiniteError
+from ..generators import Activation, Generator
+from ..ops import ConvLayer, InsertionTarget, crop_key, layer_values
+from .selection import Box, align, bounding_box, mask_on_map, place
+
+CAPTURE_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Keys, values and styles of some numbered images at one layer.
+
+    key: B x I x h x w. value: B x O x H x W. style: B x I or None. noise: H x W or None. index: image number -> row.
+    """
+
+    key: Tensor
+    value: Tensor
+    style: Tensor | None
+    noise: Tensor | None
+    index: dict[int, int]
+
+    @property
+    def key_size(self) -> tuple[int, int]:
+        return self.key.shape[2], self.key.shape[3]
+
+    @property
+    def value_size(self) -> tuple[int, int]:
+        return self.value.shape[2], self.value.shape[3]
+
+
+def capture(generator: Generator, layer: str, numbers: Iterable[int], seed: int) -> Captured:
+    """Run the numbered images up to the layer. NonFiniteError names the layer and the images with NaN or infinity."""
+    distinct = list(dict.fromkeys(numbers))
+    parts: list[Activation] = []
+    with torch.no_grad():
+        for first in range(0, len(distinct), CAPTURE_BATCH):
+            parts.append(generator.capture(layer, generator.latents(distinct[first : first + CAPTURE_BATCH], seed)))
+    key = torch.cat([p.key for p in parts])  # B x I x h x w
+    value = torch.cat([p.value for p in parts])  # B x O x H x W
+    finite = torch.isfinite(key).flatten(1).all(1) & torch.isfinite(value).flatten(1).all(1)  # B
+    if not finite.all():
+        bad = [n for n, good in zip(distinct, finite.tolist(), strict=True) if not good]
+        raise NonFiniteError(f"{layer}: the activations of image {', '.join(map(str, bad[:8]))} are not finite")
+    style = torch.cat([p.style for p in parts]) if parts[0].style is not None else None  # B x I
+    return Captured(key, value, style, parts[0].noise, {n: i for i, n in enumerate(distinct)})
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One insertion target with the image it belongs to and the box of its crop on the value map."""
+
+    image: int
+    target: InsertionTarget
+    crop: Box
+
+
+@dataclass(frozen=True)
+class PastedObject:
+    """The object as it is pasted: values O x h x w inside the box of its mask, alpha h x w."""
+
+    values: Tensor
+    alpha: Tensor
+
+
+def cut_object(captured: Captured, selection: Selection, image_size: tuple[int, int]) -> PastedObject:
+    """The object's values inside the bounding box of its mask, and the mask there as alpha (paper, section 3.2)."""
+    area = mask_on_map(selection.mask, captured.value_size, image_size, "object mask").to(captured.value.device)
+    rows, columns = bounding_box(area, "object mask").slices()
+    values = captured.value[captured.index[selection.image]]
+    return PastedObject(values[:, rows, columns], area[rows, columns])
+
+
+def paste_values(
+    values: Tensor, thing: PastedObject, selection: Selection, image_size: tuple[int, int], what: str
+) -> tuple[Tensor, Box]:
+    """values O x H x W with the object composited at the centre of the selection's mask, and the box it fills."""
+    size = (values.shape[1], values.shape[2])
+    center = bounding_box(mask_on_map(selection.mask, size, image_size, what), what).center
+    box = place(thing.values.shape[1], thing.values.shape[2], center, size)
+    rows, columns = box.slices()
+    goal = values.clone()
+    goal[:, rows, columns] = (1 - thing.alpha) * values[:, rows, columns] + thing.alpha * thing.values
+    return goal, box
+
+
+def paste_target(
+    conv: ConvLayer,
+    captured: Captured,
+    selection: Selection,
+    thing: PastedObject,
+    image_size: tuple[int, int],
+    *,
+    weighting: str,
+    surroundings: bool,
+    what: str,
+) -> Placed:
+    """The insertion target for one image: the object at the centre of its mask."""
+    goal, box = paste_values(captured.value[captured.index[selection.image]], thing, selection, image_size, what)
+    weight = None
+    if weighting == "alpha":
+        weight = torch.zeros(captured.value_size, device=goal.device)  # H x W
+        weight[box.slices()] = thing.alpha
+    return make_target(conv, captured, selection.image, goal, box, weight=weight, surroundings=surroundings)
+
+
+def make_target(
+    conv: ConvLayer,
+    captured: Captured,
+    image: int,
+    goal: Tensor,
+    box: Box,
+    *,
+    weight: Tensor | None = None,
+    surroundings: bool = True,
+) -> Placed:
+    """Cut goal (O x H x W), weight (H x W), noise and key of one image to `box`, aligned to the layer's stride."""
+    row = captured.index[image]
+    crop = align(box, 2 if conv.blur is not None else 1)
+    rows, columns = crop.slices()
+    target = InsertionTarget(
+        key=crop_key(conv, captured.key[row], crop, surroundings=surroundings),
+        goal=goal[:, rows, columns].contiguous(),
+        style=None if captured.style is None else captured.style[row],
+        noise=None if captured.noise is None else captured.noise[rows, columns].contiguous(),
+        weight=None if weight is None else weight[rows, columns].contiguous(),
+    )
+    return Placed(image, target, crop)
+
+
+def value_of(conv: ConvLayer, captured: Captured, row: int, key: Tensor) -> Tensor:
+    """The layer's value O x H x W for another key map (I x h x w) of a captured image, with that image's style."""
+    whole = Box(0, 0, *captured.value_size)
+    style = None if captured.style is None else captured.style[row]
+    with torch.no_grad():
+        return layer_values(
+            conv, InsertionTarget(crop_key(conv, key, whole), captured.value[row], style, captured.noise)
+        )
+
+
+def context_examples(
+    captured: Captured, selections: Iterable[Selection], image_size: tuple[int, int]
+) -> list[tuple[Tensor, Tensor]]:
+    """The context as (key map I x h x w, area h x w) pairs for `keys.context_directions`."""
+    examples = []
+    for i, selection in enumerate(selections):
+        area = mask_on_map(selection.mask, captured.key_size, image_size, f"context mask {i}").to(captured.key.device)
+        if not (area > 0).any():
+            raise EditError(f"context mask {i} (image {selection.image}) is empty: expected painted pixels")
+        examples.append((captured.key[captured.index[selection.image]], area))
+    return examples

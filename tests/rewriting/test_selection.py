@@ -1,0 +1,134 @@
+"""Masks: read as the official tool reads them, placed by its rule, and refused by name."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pyrewrite.errors import EditError
+from pyrewrite.rewriting.selection import (
+    Box,
+    align,
+    bounding_box,
+    decode_mask,
+    encode_mask,
+    islands,
+    mask_on_map,
+    place,
+)
+
+
+def url_of(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, format="png")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def test_encode_then_decode():
+    mask = np.zeros((5, 7))
+    mask[1:3, 2:6] = 1
+    mask[4, 0] = 0.5
+    decoded = np.asarray(decode_mask(encode_mask(mask)))
+    assert decoded.shape == (5, 7)
+    assert np.array_equal(decoded, (mask * 255).round().astype(np.uint8))
+
+
+def test_the_red_channel_is_the_mask_and_alpha_is_not():
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    pixels[1, 1] = (200, 0, 0, 0)  # painted, wholly transparent
+    pixels[2, 2] = (0, 255, 255, 255)  # opaque, no red
+    area = mask_on_map(url_of(Image.fromarray(pixels, "RGBA")), (4, 4), (4, 4))
+    assert area[1, 1] == pytest.approx(200 / 255)
+    assert area.sum() == area[1, 1]
+
+
+def test_resizing_is_that_of_the_whole_rgb_image():
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 256, (64, 64, 3), np.uint8).astype(np.uint8))
+    expected = np.asarray(image.resize((8, 8), resample=Image.Resampling.BILINEAR))[..., 0] / 255
+    assert torch.allclose(mask_on_map(url_of(image), (8, 8), (64, 64)), torch.from_numpy(expected).float())
+
+
+def test_a_mask_of_another_size_but_the_same_proportions():
+    mask = np.zeros((256, 256))
+    mask[64:128, 64:192] = 1
+    area = mask_on_map(encode_mask(mask), (16, 16), (1024, 1024))
+    assert bounding_box(area > 0.5) == Box(4, 4, 8, 12)
+
+
+@pytest.mark.parametrize("shape", [(256, 128), (1, 2), (100, 101)])
+def test_other_proportions_are_refused(shape):
+    with pytest.raises(EditError, match=f"paste mask: the mask is {shape[1]} x {shape[0]} pixels"):
+        mask_on_map(encode_mask(np.ones(shape)), (8, 8), (64, 64), "paste mask")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "x",
+        "data:image/png;base64,",
+        "data:image/png;base64,!!!",
+        "data:text/plain;base64,AAAA",
+        "file:///etc/passwd",
+        "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\nnothing").decode(),
+    ],
+)
+def test_not_an_image(url):
+    with pytest.raises(EditError, match="object mask"):
+        decode_mask(url, "object mask")
+
+
+def test_cut_off_image():
+    whole = url_of(Image.new("RGB", (64, 64), "white"))
+    with pytest.raises(EditError, match="does not hold an image"):
+        decode_mask(whole[: 4 * (len(whole) // 8)], "mask")
+
+
+def test_empty_mask():
+    with pytest.raises(EditError, match="context mask 2: the mask is empty"):
+        bounding_box(torch.zeros(3, 3), "context mask 2")
+
+
+def test_mask_with_nan():
+    with pytest.raises(EditError, match="finite"):
+        encode_mask(np.full((2, 2), np.nan))
+
+
+def test_bounding_box_of_one_pixel_and_of_a_slice():
+    area = torch.zeros(9, 9)
+    area[4, 7] = 0.01
+    assert bounding_box(area) == Box(4, 7, 5, 8)
+    assert bounding_box(area.t()) == Box(7, 4, 8, 5)
+    assert bounding_box(area[:, 1::2]) == Box(4, 3, 5, 4)
+
+
+@pytest.mark.parametrize("center", [(0, 0), (3, 5), (15, 15), (8, 0)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 4), (16, 16)])
+def test_place_is_the_official_rule(center, size):
+    (cy, cx), (h, w) = center, size
+    box = place(h, w, center, (16, 16))
+    assert box.top == max(0, min(16 - h, cy - h // 2))
+    assert box.left == max(0, min(16 - w, cx - w // 2))
+    assert (box.height, box.width) == size
+    assert min(box) >= 0
+    assert max(box) <= 16
+
+
+def test_align():
+    assert align(Box(3, 4, 7, 8), 2) == Box(2, 4, 8, 8)
+    assert align(Box(3, 4, 7, 8), 1) == Box(3, 4, 7, 8)
+
+
+def test_islands_are_counted():
+    area = torch.zeros(8, 8)
+    assert islands(area) == []
+    area[0:3, 0:3] = 1
+    area[7, 7] = 0.5
+    area[6, 6] = 0.5  # diagonal neighbours are separate
+    assert islands(area) == [9, 1, 1]
