@@ -8,6 +8,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from support import bits, same_bits
 
 from pyrewrite import LowRankPatch, load_generator, overlap, stack
 from pyrewrite.errors import PatchError
@@ -22,18 +23,6 @@ def pristine():
 @pytest.fixture
 def g(pristine):
     return copy.deepcopy(pristine)
-
-
-def bits(generator):
-    return {name: tensor.clone() for name, tensor in generator.state_dict().items()}
-
-
-def same_bits(generator, kept):
-    return all(
-        torch.equal(tensor.view(torch.int32), kept[name].view(torch.int32))
-        for name, tensor in generator.state_dict().items()
-        if tensor.dtype == torch.float32
-    )
 
 
 def make(generator, layer="layer4", rank=2, seed=0, size=0.1, **kwargs):
