@@ -1,0 +1,198 @@
+"""One pass over a generator's samples: the statistics of a layer's keys, computed once and then read from a cache."""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyrewrite.errors import NonFiniteError
+from pyrewrite.statistics.cache import StatisticsCache
+from pyrewrite.statistics.quantiles import UnitQuantiles
+from pyrewrite.statistics.second_moment import SecondMoment
+
+if TYPE_CHECKING:
+    from pyrewrite.generators.base import Generator
+
+Progress = Callable[[int, int], object]  # (images done, images in all)
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What a layer's keys look like over many samples.
+
+    moment: their second moment. quantiles: those of every channel, None unless asked for. samples, seed: whose keys.
+    from_cache: read, not computed. seconds: what it took here and now. batch_size: None when read.
+    """
+
+    moment: SecondMoment
+    quantiles: UnitQuantiles | None
+    samples: int
+    seed: int
+    from_cache: bool
+    seconds: float
+    batch_size: int | None
+
+
+def collect(
+    generator: Generator,
+    layer: str,
+    *,
+    samples: int = 1000,
+    seed: int = 1,
+    batch_size: int | None = None,
+    cache_dir: str | PathLike | bool | None = None,
+    quantiles: bool = False,
+    precision: str = "fp32",
+    progress: Progress | bool | None = None,
+) -> LayerStatistics:
+    """The statistics of all key pixels of images 0 to samples - 1 of a seed, at one layer.
+
+    batch_size: images at a time; by default what fits in memory. It changes the result by rounding only, and is halved
+    with a RuntimeWarning where memory runs out. cache_dir: None for the default folder (`cache.default_folder`), False
+    for no cache. quantiles: also those of every channel. precision: "fp32" or "tf32", of the products.
+    progress: True for a bar on standard error, or a function of (images done, images in all).
+
+    The cache file belongs to exactly these weights, layer, truncation, samples, seed and precision. One that is damaged
+    or says that it belongs to something else is computed again, with a RuntimeWarning.
+
+    NonFiniteError names the layer and the images where an activation is NaN or infinite; nothing is written then.
+    UnknownLayerError for a layer that is not there, ValueError for samples or a batch size below 1.
+    """
+    start = time.perf_counter()
+    info = generator.layers[layer]
+    check_count("samples", samples)
+    cache = None if cache_dir is False else StatisticsCache(None if cache_dir is True else cache_dir)
+    if cache is not None:
+        key = cache.key(generator, layer, samples=samples, seed=seed, precision=precision)
+        pixels = info.key_resolution**2
+        found = cache.read(
+            key, d=info.in_channels, count=samples * pixels, device=generator.device, quantiles=quantiles
+        )
+        if found is not None:
+            moment, sketch = found
+            return LayerStatistics(moment, sketch, samples, seed, True, time.perf_counter() - start, None)
+
+    def begin() -> tuple[SecondMoment, UnitQuantiles | None]:
+        moment = SecondMoment(info.in_channels, device=generator.device, precision=precision)
+        return moment, UnitQuantiles(info.in_channels, device=generator.device) if quantiles else None
+
+    def add(state: tuple[SecondMoment, UnitQuantiles | None], first: int, keys: Tensor) -> None:
+        moment, sketch = state
+        moment.add(keys)
+        if sketch is not None:
+            sketch.add(keys)
+
+    (moment, sketch), used = scan_keys(
+        generator, layer, begin, add, samples=samples, seed=seed, batch_size=batch_size, progress=progress
+    )
+    if cache is not None:
+        cache.write(key, moment, sketch)
+    return LayerStatistics(moment, sketch, samples, seed, False, time.perf_counter() - start, used)
+
+
+def scan_keys(
+    generator: Generator,
+    layer: str,
+    begin: Callable[[], object],
+    add: Callable[[object, int, Tensor], None],
+    *,
+    samples: int,
+    seed: int,
+    batch_size: int | None = None,
+    progress: Progress | bool | None = None,
+) -> tuple[object, int]:
+    """Run images 0 to samples - 1 up to a layer: ``state = begin()``, then ``add(state, first number, keys)`` a batch.
+
+    keys: B x I x h x w, finite. Returns the state and the batch size. Where memory runs out, everything starts again
+    from `begin()` with half the batch size: an accumulator that failed half-way through a batch is not to be trusted.
+    """
+    check_count("samples", samples)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
+    latents = generator.latents(range(samples), seed=seed)  # samples x z
+    size = min(samples, batch_size or batch_size_by_memory(generator, layer))
+    while True:
+        try:
+            state = begin()
+            with report(progress, samples, f"keys of {layer}") as advance, torch.no_grad():
+                for first in range(0, samples, size):
+                    keys = generator.keys(layer, latents[first : first + size])  # B x I x h x w
+                    require_finite(keys, layer, first)
+                    add(state, first, keys)
+                    advance(min(samples, first + size))
+            return state, size
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        # Outside the handler: the traceback that it holds keeps the failed batch's tensors alive.
+        state = keys = None
+        gc.collect()
+        if generator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"out of memory with {size} images at a time at {layer}: starting again with {size // 2}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        size //= 2
+
+
+def batch_size_by_memory(generator: Generator, layer: str) -> int:
+    """How many images to run at a time: what a part of the free GPU memory holds, or of the caches on a CPU."""
+    info = generator.layers[layer]
+    # The widest maps on the way, in and out, several of them alive at once, float32.
+    per_image = 32 * (info.in_channels * info.key_resolution**2 + info.out_channels * info.resolution**2)
+    if generator.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(generator.device)
+        return max(1, min(256, free // 4 // per_image))
+    return max(1, min(32, (1 << 26) // per_image))
+
+
+def require_finite(keys: Tensor, layer: str, first: int) -> None:
+    """NonFiniteError naming the layer and the image numbers, unless all of B x I x h x w is finite."""
+    finite = torch.isfinite(keys).flatten(1).all(1)  # B
+    if not finite.all():
+        numbers = [first + i for i in (~finite).nonzero()[:, 0].tolist()]
+        listed = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+        raise NonFiniteError(
+            f"the activations at {layer} are NaN or infinite in image{'s' * (len(numbers) > 1)} {listed}: "
+            "the generator's weights are damaged, or too large for their number type"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+
+
+def check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+@contextmanager
+def report(progress: Progress | bool | None, total: int, title: str) -> Iterator[Callable[[int], None]]:
+    """Turn `progress` into one function of the images done. True shows a bar on standard error while in the context."""
+    if progress is True:
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=title, unit="image", leave=False) as bar:
+            yield lambda done: bar.update(done - bar.n)
+    elif callable(progress):
+        yield lambda done: progress(done, total)
+    elif progress is None or progress is False:
+        yield lambda done: None
+    else:
+        raise TypeError(f"progress must be True, None or a function of (done, total), got {progress!r}")
