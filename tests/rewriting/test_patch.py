@@ -25,9 +25,9 @@ def g(pristine):
     return copy.deepcopy(pristine)
 
 
-def make(generator, layer="layer4", rank=2, seed=0, size=0.1, **kwargs):
+def make(model, layer="layer4", rank=2, seed=0, size=0.1, **kwargs):
     rng = torch.Generator().manual_seed(seed)
-    conv = generator.layers[layer]
+    conv = model.layers[layer]
     direction = torch.linalg.qr(torch.randn(conv.in_channels, rank, generator=rng)).Q.t().contiguous()
     lambda_ = size * torch.randn(conv.out_channels, rank, conv.kernel_size, conv.kernel_size, generator=rng)
     return LowRankPatch([LayerUpdate(layer, direction, lambda_)], name=f"patch{seed}", **kwargs)

@@ -317,8 +317,10 @@ def test_an_edit_that_does_not_take_warns(rewriters, edit):
 
 def test_an_edit_out_of_proportion_warns(rewriters, edit):
     rw = rewriters("peeps", "layer4")
-    with pytest.warns(EditWarning, match="times as large as the layer's weights"):
-        rw.solve(edit(128), rank=3, steps=40, lr=50.0, warm_start=False)
+    with pytest.warns(EditWarning) as caught:
+        patch = rw.solve(edit(128), rank=3, steps=40, lr=50.0, warm_start=False)
+    assert patch.report.relative_size > 1
+    assert any("times as large as the layer's weights" in str(w.message) for w in caught)
 
 
 def test_stray_pixels_warn(rewriters, edit):
