@@ -283,6 +283,7 @@ def sample(
 )
 @click.option("--strength", type=float, default=1.0, show_default=True)
 @click.option("--force", is_flag=True, help="Apply to a generator that the patch was not made for.")
+@click.option("--attributes", is_flag=True, help="Rates by the bundled classifier of drawn busts.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Also write a sheet, a .png file.")
 @DEVICE
 @TRUNCATION
@@ -295,6 +296,7 @@ def evaluate(
     edit: str | None,
     strength: float,
     force: bool,
+    attributes: bool,
     out: str | None,
     device: str,
     truncation: float | None,
@@ -311,6 +313,7 @@ def evaluate(
         parse_numbers(images),
         seed=1 if seed is None else seed,
         edit=edit,
+        attributes=attributes,
         force=force,
         sheet=out,
     )

@@ -3,6 +3,7 @@
 from pyrewrite.generators.base import Activation, EditableLayer, Generator, numbered_latents
 from pyrewrite.generators.loading import BUNDLED, load_generator
 from pyrewrite.generators.progan import ProGAN, ProGANShape
+from pyrewrite.generators.saving import save_generator
 from pyrewrite.generators.stylegan2 import StyleGAN2, StyleGAN2Shape
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "StyleGAN2Shape",
     "load_generator",
     "numbered_latents",
+    "save_generator",
 ]

@@ -1,0 +1,165 @@
+"""The command line on the bundled generators, with few samples; results on stdout, errors in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from support import mask_url
+
+from pyrewrite import Edit, LowRankPatch, Selection, load_generator
+from pyrewrite.cli import main, parse_numbers
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYREWRITE_CACHE", str(tmp_path / "cache"))
+
+    def invoke(*args, fails=False):
+        result = CliRunner().invoke(main, [str(a) for a in args])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert (result.exit_code != 0) is fails, result.output
+        return result.stderr if fails else result.stdout
+
+    return invoke
+
+
+@pytest.fixture
+def record(tmp_path):
+    url = mask_url(64, 12, 12, 44, 50)
+    edit = Edit(
+        object=Selection(0, url),
+        paste=Selection(1, url),
+        context=[Selection(2, url)],
+        layer="layer4",
+        settings={"samples": 8, "rank": 3, "steps": 11},
+    )
+    path = tmp_path / "edit.json"
+    edit.save(path)
+    return path
+
+
+def test_help_is_fast_and_does_not_import_torch():
+    code = "import sys; from pyrewrite.cli import main; assert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    start = time.perf_counter()
+    out = subprocess.run([sys.executable, "-m", "pyrewrite.cli", "--help"], check=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    for command in ("demo", "info", "stats", "solve", "apply", "sample", "evaluate"):
+        assert command in out.stdout
+    assert seconds < 3  # 0.3 s on an idle machine; this bound only catches an import of torch
+
+
+def test_info(run):
+    data = json.loads(run("info", "peeps-progan", "--json"))
+    assert data["family"] == "progan"
+    assert [layer["name"] for layer in data["layers"]] == [f"layer{i}" for i in range(1, 11)]
+    assert data["hash"] == load_generator("peeps-progan").weights_hash()
+    assert data["hash"] in run("info", "peeps-progan")
+
+
+def test_stats(run, tmp_path):
+    data = json.loads(run("stats", "peeps-progan", "layer4", "--samples", 4, "--out", tmp_path / "c.npz", "--json"))
+    assert data["count"] == 4 * 8 * 8
+    assert data["from_cache"] is False
+    assert np.load(tmp_path / "c.npz")["count"] == data["count"]
+    again = json.loads(run("stats", "peeps-progan", "layer4", "--samples", 4, "--json"))
+    assert again["from_cache"] is True
+
+
+def test_solve_sample_evaluate_apply(run, record, tmp_path):
+    patch = tmp_path / "p.safetensors"
+    data = json.loads(run("solve", "peeps-progan", record, "--out", patch, "--json"))
+    assert data["report"]["loss_after"] < data["report"]["loss_before"]
+    assert data["settings"]["rank"] == 3
+    assert data["settings"]["samples"] == 8
+    assert LowRankPatch.load(patch).settings == data["settings"]
+
+    run("sample", "peeps-progan", "--images", "0-3,9", "--patch", patch, "--out", tmp_path / "s.png")
+    with Image.open(tmp_path / "s.png") as sheet:
+        assert sheet.width > 5 * 64
+
+    found = json.loads(
+        run("evaluate", "peeps-progan", patch, "--images", "10-13", "--edit", record, "--attributes", "--json")
+    )
+    assert found["images"] == 4
+    assert found["change"]["inside"]["l1"] > found["change"]["outside"]["l1"]
+    assert set(found["attributes"]) == {"hat", "glasses", "beard", "mood"}
+
+    run("apply", "peeps-progan", patch, "--out", tmp_path / "edited.pth")
+    merged, original = load_generator(tmp_path / "edited.pth"), load_generator("peeps-progan")
+    LowRankPatch.load(patch).apply_(original)
+    z = original.latents([0, 1])
+    with torch.no_grad():
+        assert torch.equal(merged(z), original(z))
+    assert merged.weights_hash() == original.weights_hash()
+
+
+def test_strength_zero_is_the_original(run, record, tmp_path):
+    patch = tmp_path / "p.safetensors"
+    run("solve", "peeps-progan", record, "--out", patch, "--method", "least_squares")
+    run("apply", "peeps-progan", patch, "--strength", 0, "--out", tmp_path / "same.pth")
+    assert load_generator(tmp_path / "same.pth").weights_hash() == load_generator("peeps-progan").weights_hash()
+    data = json.loads(run("evaluate", "peeps-progan", patch, "--images", "0-1", "--strength", 0, "--json"))
+    assert data["largest_change"] == 0
+
+
+def test_removal(run, record, tmp_path):
+    edit = Edit.load(record)
+    edit.object = edit.paste = None
+    edit.save(record)
+    run("solve", "peeps-progan", record, "--out", tmp_path / "e.safetensors", "--erase", 4)
+    run("solve", "peeps-progan", record, "--out", tmp_path / "z.safetensors", "--zero")
+    assert LowRankPatch.load(tmp_path / "e.safetensors").settings["units"] == 4
+    assert run("solve", "peeps-progan", record, "--out", tmp_path / "x", fails=True) == (
+        "Error: field 'object' is missing: this record can be erased or zeroed, not inserted\n"
+    )
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("info", "nothing.pt"), "nothing.pt"),
+        (("stats", "peeps-progan", "layer99"), "layer99"),
+        (("stats", "peeps-progan", "layer4", "--samples", 0), "samples"),
+        (("sample", "peeps-progan", "--images", "5-2", "--out", "s.png"), "ends before it begins"),
+        (("sample", "peeps-progan", "--images", "a", "--out", "s.png"), "'a' is not a number"),
+    ],
+)
+def test_errors_are_one_line(run, args, named):
+    text = run(*args, fails=True)
+    assert named in text
+    assert text.startswith("Error: ")
+    assert text.count("\n") == 1
+
+
+def test_a_patch_for_another_generator_needs_force(run, record, tmp_path):
+    patch = tmp_path / "p.safetensors"
+    run("solve", "peeps-progan", record, "--out", patch, "--method", "least_squares")
+    run("apply", "peeps-progan", patch, "--out", tmp_path / "edited.pth")
+    assert "--force" in run("apply", tmp_path / "edited.pth", patch, "--out", tmp_path / "twice.pth", fails=True)
+    assert not (tmp_path / "twice.pth").exists()
+    run("apply", tmp_path / "edited.pth", patch, "--force", "--out", tmp_path / "twice.pth")
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("0-3", [0, 1, 2, 3]), ("7", [7]), ("0-1, 12,200-201", [0, 1, 12, 200, 201]), ("3,3,2-3", [3, 2])],
+)
+def test_parse_numbers(text, numbers):
+    assert parse_numbers(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", ",", "1-", "-1", "1--2", "1.5", "0-999999999", "²"])
+def test_parse_numbers_refuses(text):
+    with pytest.raises(ValueError, match="image numbers"):
+        parse_numbers(text)
