@@ -42,10 +42,16 @@ def build_jobs() -> int:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # An editable install keeps its objects between builds; anything else starts from nothing.
-        tree = ROOT / "build" / f"editable-{sys.implementation.cache_tag}" if self.inplace or self.editable_mode else None
-        folder = tree or Path(self.build_temp).resolve() / "cmake"
+        wanted = Path(self.get_ext_fullpath(ext.name)).resolve()
+        # An editable install keeps its objects between builds and its module in the source folder, so that
+        # `cmake --build build/editable-...` is enough after a change. Anything else starts from nothing.
+        editable = bool(self.inplace or self.editable_mode)
+        if editable:
+            folder = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
+            target = ROOT / "pyrewrite" / wanted.name
+        else:
+            folder = Path(self.build_temp).resolve() / "cmake"
+            target = wanted
         folder.mkdir(parents=True, exist_ok=True)
         cmake = tool("cmake")
         configure = [
@@ -57,12 +63,15 @@ class CMakeBuild(build_ext):
             f"-DPYREWRITE_MODULE={target}",
             *(f"-D{name}={os.environ[name]}" for name in OPTIONS if os.environ.get(name)),
         ]  # fmt: skip
-        if tree is None:
+        if not editable:
             configure.append("--fresh")
         jobs = build_jobs()
         print(f"pyrewrite: building {target.name} with CMake, {jobs} job(s), in {folder}", flush=True)
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(folder), "--parallel", str(jobs)], check=True)
+        if target != wanted:  # setuptools looks for it there
+            wanted.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(target, wanted)
 
 
 setup(ext_modules=[Extension("pyrewrite._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

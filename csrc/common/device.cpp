@@ -1,0 +1,67 @@
+#include "common/device.h"
+
+#ifdef PYREWRITE_HAS_CUDA
+
+namespace pyrewrite {
+
+CudaReport cuda_report() {
+  CudaReport report;
+  if (cudaDriverGetVersion(&report.driver) != cudaSuccess) report.driver = 0;
+  if (cudaRuntimeGetVersion(&report.runtime) != cudaSuccess) report.runtime = 0;
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) {
+    report.error = static_cast<int>(error);
+    report.message = cudaGetErrorString(error);
+    (void)cudaGetLastError();  // told here; it must not turn up in another library's check
+    return report;
+  }
+  for (int device = 0; device < count; ++device) {
+    cudaDeviceProp found;
+    if (cudaGetDeviceProperties(&found, device) != cudaSuccess) {
+      (void)cudaGetLastError();
+      continue;
+    }
+    DeviceProperties properties;
+    properties.name = found.name;
+    properties.major = found.major;
+    properties.minor = found.minor;
+    properties.multiprocessors = found.multiProcessorCount;
+    properties.memory = found.totalGlobalMem;
+    properties.shared_memory = static_cast<int>(found.sharedMemPerBlockOptin);
+    properties.reads_host_memory = found.pageableMemoryAccess != 0;
+    report.devices.push_back(properties);
+  }
+  return report;
+}
+
+Status cuda_status(cudaError_t error, const char* what, int device) {
+  if (error == cudaSuccess) return {};
+  (void)cudaGetLastError();
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    cudaDeviceProp found{};
+    if (cudaGetDeviceProperties(&found, device) != cudaSuccess) (void)cudaGetLastError();
+    return Status::error(Status::kDevice,
+                         "%s: this build has no code for GPU %d (%s, compute capability %d.%d); it was built for %s. "
+                         "Rebuild with PYREWRITE_CUDA_ARCHITECTURES=native",
+                         what, device, found.name, found.major, found.minor, PYREWRITE_CUDA_ARCHITECTURES);
+  }
+  return Status::error(Status::kDevice, "%s on GPU %d: CUDA error %d, %s", what, device, static_cast<int>(error),
+                       cudaGetErrorString(error));
+}
+
+DeviceGuard::DeviceGuard(int device) {
+  error_ = cudaGetDevice(&previous_);
+  if (error_ == cudaSuccess && previous_ != device) {
+    error_ = cudaSetDevice(device);
+    changed_ = error_ == cudaSuccess;
+  }
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (changed_) (void)cudaSetDevice(previous_);
+}
+
+}  // namespace pyrewrite
+
+#endif  // PYREWRITE_HAS_CUDA

@@ -1,0 +1,55 @@
+// The CUDA side's common ground: errors as values, the caller's device kept, what the machine has.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "common/status.h"
+
+#ifdef PYREWRITE_HAS_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace pyrewrite {
+
+struct DeviceProperties {
+  std::string name;
+  int major = 0, minor = 0, multiprocessors = 0, shared_memory = 0;  // the most shared memory of a block, bytes
+  std::size_t memory = 0;                                          // bytes
+  bool reads_host_memory = false;                                  // kernels may follow pointers from malloc
+};
+
+struct CudaReport {
+  int driver = 0, runtime = 0;  // 13000 is CUDA 13.0; 0: unknown
+  int error = 0;                // cudaError_t of the search for GPUs
+  std::string message;
+  std::vector<DeviceProperties> devices;
+};
+
+#ifdef PYREWRITE_HAS_CUDA
+
+// Searches anew at every call.
+CudaReport cuda_report();
+
+// What failed and why; where this binary holds no code for the GPU, names both.
+Status cuda_status(cudaError_t error, const char* what, int device);
+
+// Makes `device` current for its lifetime, then the caller's again.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  cudaError_t error() const { return error_; }
+
+ private:
+  int previous_ = -1;
+  bool changed_ = false;
+  cudaError_t error_ = cudaSuccess;
+};
+
+#endif  // PYREWRITE_HAS_CUDA
+
+}  // namespace pyrewrite

@@ -1,0 +1,148 @@
+// One block an output channel. The change W - W0 of a tile of input channels is staged in shared memory, tap by tap, and its products
+// with the directions are summed there; then every element is written once.
+#include "common/device.h"
+#include "projection/params.h"
+
+namespace pyrewrite {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kPlainSharedFloats = 48 * 1024 / 4;  // what a block may use without asking
+constexpr int kLeastTile = 32;                     // input channels
+
+struct Launch {
+  ProjectionItem items[kItemsPerLaunch];
+  int first_block[kItemsPerLaunch + 1];
+  int tile[kItemsPerLaunch];
+  int count;
+  AdamSettings adam;
+};
+static_assert(sizeof(Launch) <= 4096, "kernel parameters");
+
+// Taps of the tile lie `pitch` apart: 4 beyond a multiple of the 32 banks, so that the taps of neighbouring channels,
+// which neighbouring threads write, meet in few of them.
+__host__ __device__ constexpr int pitch_of(int tile) { return (tile + 31) / 32 * 32 + 4; }
+
+__device__ std::int64_t offset(const WeightView& v, const ProjectionItem& p, int channel, int i, int k) {
+  return channel * v.out_stride + i * v.in_stride + (k / p.width) * v.height_stride + (k % p.width) * v.width_stride;
+}
+
+__global__ void __launch_bounds__(kThreads) project_kernel(const __grid_constant__ Launch launch) {
+  extern __shared__ float shared[];
+  int n = 0;
+  while (static_cast<int>(blockIdx.x) >= launch.first_block[n + 1]) ++n;
+  const ProjectionItem& p = launch.items[n];
+  const AdamSettings& adam = launch.adam;
+  const int channel = static_cast<int>(blockIdx.x) - launch.first_block[n];
+  const int taps = p.height * p.width, pairs = p.rank * taps;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float* sums = shared;           // rank x taps
+  float* change = shared + pairs; // taps x pitch
+  const int pitch = pitch_of(launch.tile[n]);
+
+  for (int pair = threadIdx.x; pair < pairs; pair += kThreads) sums[pair] = 0.f;
+  for (int i0 = 0; i0 < p.in; i0 += launch.tile[n]) {
+    const int tile = min(launch.tile[n], p.in - i0);
+    __syncthreads();  // the sums are zero, or the tile before is used up
+    for (int j = threadIdx.x; j < tile * taps; j += kThreads) {
+      const int i = j / taps, k = j % taps;
+      float* at = p.weight.data + offset(p.weight, p, channel, i0 + i, k);
+      float weight = *at;
+      if (adam.enabled) {
+        float* exp_avg = p.exp_avg.data + offset(p.exp_avg, p, channel, i0 + i, k);
+        float* exp_avg_sq = p.exp_avg_sq.data + offset(p.exp_avg_sq, p, channel, i0 + i, k);
+        const float grad = p.grad.data[offset(p.grad, p, channel, i0 + i, k)];
+        float m = *exp_avg, v = *exp_avg_sq;
+        weight = adam_element(weight, grad, m, v, adam);
+        *exp_avg = m;
+        *exp_avg_sq = v;
+      }
+      if (adam.project)
+        change[k * pitch + i] = weight - p.base.data[offset(p.base, p, channel, i0 + i, k)];
+      else
+        *at = weight;
+    }
+    if (!adam.project) continue;
+    __syncthreads();
+    // A warp an entry, its lanes over the input channels. Only this warp ever touches the entry.
+    for (int pair = warp; pair < pairs; pair += kWarps) {
+      const int r = pair / taps, k = pair % taps;
+      const float* direction = p.direction + static_cast<std::int64_t>(r) * p.in + i0;
+      float total = 0.f;
+      for (int i = lane; i < tile; i += 32) total += direction[i] * change[k * pitch + i];
+      for (int step = 16; step > 0; step /= 2) total += __shfl_down_sync(0xffffffffu, total, step);
+      if (lane == 0) sums[pair] += total;
+    }
+  }
+  if (!adam.project) return;
+  __syncthreads();
+  for (int j = threadIdx.x; j < p.in * taps; j += kThreads) {
+    const int i = j / taps, k = j % taps;
+    float total = 0.f;
+    for (int r = 0; r < p.rank; ++r)
+      total += sums[r * taps + k] * p.direction[static_cast<std::int64_t>(r) * p.in + i];
+    p.weight.data[offset(p.weight, p, channel, i, k)] = p.base.data[offset(p.base, p, channel, i, k)] + total;
+  }
+}
+
+}  // namespace
+
+Status project_cuda(const ProjectionItem* items, int count, const AdamSettings& settings, int device,
+                    std::uintptr_t stream_handle, bool wait) {
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return cuda_status(guard.error(), "choosing the device", device);
+  const cudaStream_t stream = reinterpret_cast<cudaStream_t>(stream_handle);
+  int most = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return cuda_status(error, "asking for the shared memory", device);
+
+  // Everything is checked before the first launch, so that a refusal leaves all weights as they were.
+  for (int n = 0; n < count; ++n) {
+    const ProjectionItem& p = items[n];
+    const std::int64_t taps = static_cast<std::int64_t>(p.height) * p.width;
+    if ((p.rank * taps + taps * pitch_of(kLeastTile)) * 4 > most)
+      return Status::error(Status::kUnsupported,
+                           "projection: rank %d with a %d x %d kernel needs more shared memory than the %d bytes of GPU "
+                           "%d; impl='torch' takes it",
+                           p.rank, p.height, p.width, most, device);
+  }
+  int next = 0;
+  while (next < count) {
+    Launch launch{};
+    launch.adam = settings;
+    int blocks = 0, shared_floats = 0;
+    for (; next < count && launch.count < kItemsPerLaunch; ++next) {
+      const ProjectionItem& p = items[next];
+      if (p.out <= 0 || p.in <= 0 || p.height <= 0 || p.width <= 0) continue;
+      const int taps = p.height * p.width, pairs = p.rank * taps;
+      // The largest tile that fits; the padding of a pitch is at most 35 floats a tap.
+      int tile = ((kPlainSharedFloats - pairs) / taps - 4) / 32 * 32;
+      if (tile > p.in) tile = p.in;
+      if (tile < kLeastTile) tile = kLeastTile;
+      const int floats = pairs + taps * pitch_of(tile);
+      if (floats > shared_floats) shared_floats = floats;
+      launch.items[launch.count] = p;
+      launch.tile[launch.count] = tile;
+      launch.first_block[launch.count++] = blocks;
+      blocks += p.out;
+      launch.first_block[launch.count] = blocks;
+    }
+    if (launch.count == 0) break;
+    const int bytes = shared_floats * 4;
+    if (shared_floats > kPlainSharedFloats) {
+      error = cudaFuncSetAttribute(project_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      if (error != cudaSuccess) return cuda_status(error, "asking for more shared memory", device);
+    }
+    project_kernel<<<blocks, kThreads, bytes, stream>>>(launch);
+    error = cudaGetLastError();
+    if (error != cudaSuccess) return cuda_status(error, "projection", device);
+  }
+  if (wait) {
+    error = cudaStreamSynchronize(stream);
+    if (error != cudaSuccess) return cuda_status(error, "projection", device);
+  }
+  return {};
+}
+
+}  // namespace pyrewrite

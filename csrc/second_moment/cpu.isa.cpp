@@ -1,0 +1,146 @@
+// The upper triangle of X^T X, one panel of rows at a time: the panel is copied into column tiles that fit the cache (and widened, if
+// 16 bit), the products of a panel are summed in registers, and the sums added to the float64 total.
+#include "common/vector.isa.h"
+#include "second_moment/params.h"
+
+namespace pyrewrite {
+namespace PYREWRITE_ISA {
+namespace {
+
+constexpr int kRows = kLanes == 16 ? 8 : 4;  // of a register block
+constexpr int kPanel = kSecondMomentRows;    // rows of X in a panel: the longest float32 sum
+
+// A register block is kRows x (kVectors * kLanes). Wider blocks do more products a load; narrower ones waste less beside the diagonal.
+template <int kVectors>
+struct Triangle {
+  static constexpr int kColumns = kVectors * kLanes;  // of a tile
+  static_assert(kColumns % kRows == 0, "a register block must not straddle two tiles");
+
+  static std::int64_t tiles(int d) { return (d + kColumns - 1) / kColumns; }
+  static std::int64_t panel_size(int d) { return tiles(d) * kColumns * kPanel; }
+  // Register blocks down to the diagonal's in the column tile `tile`.
+  static std::int64_t blocks_in(std::int64_t tile, int d) {
+    const std::int64_t end = (tile + 1) * kColumns;
+    return ((end < d ? end : d) + kRows - 1) / kRows;
+  }
+  static std::int64_t partial_size(int d) {
+    std::int64_t blocks = 0;
+    for (std::int64_t tile = 0; tile < tiles(d); ++tile) blocks += blocks_in(tile, d);
+    return blocks * kRows * kColumns;
+  }
+
+  // panel: tiles x kPanel x kColumns. Copies one run of pixels that lie `step` apart, to rows at, at + 1, ... of the panel.
+  template <typename T>
+  static void pack(const T* x, std::int64_t step, std::int64_t channel_stride, int d, int at, int run, float* panel) {
+    for (int c = 0; c < d; c += kColumns) {
+      const int n = d - c < kColumns ? d - c : kColumns;
+      float* tile = panel + static_cast<std::int64_t>(c) * kPanel + at * kColumns;
+      if (channel_stride == 1) {
+        for (int k = 0; k < run; ++k) {
+          const T* from = x + k * step + c;
+          if (n == kColumns)
+            for (int j = 0; j < kColumns; ++j) tile[k * kColumns + j] = widen(from[j]);
+          else
+            for (int j = 0; j < n; ++j) tile[k * kColumns + j] = widen(from[j]);
+        }
+        continue;
+      }
+      // A cache line of pixels by a tile's channels at a time: both sides stay in the first-level cache.
+      for (int k0 = 0; k0 < run; k0 += 16) {
+        const int m = run - k0 < 16 ? run - k0 : 16;
+        for (int j = 0; j < n; ++j) {
+          const T* from = x + (c + j) * channel_stride + k0 * step;
+          for (int k = 0; k < m; ++k) tile[(k0 + k) * kColumns + j] = widen(from[k * step]);
+        }
+      }
+    }
+  }
+
+  // Adds the products of a panel's rows to one register block of the float64 partial sums.
+  static void block(const float* a, const float* b, int rows, double* to) {
+    Vec sums[kRows][kVectors] = {};
+    for (int k = 0; k < rows; ++k, a += kColumns, b += kColumns) {
+      Vec columns[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) columns[v] = load(b + v * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[i][v] += a[i] * columns[v];
+    }
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVectors; ++v) {
+        float line[kLanes];
+        store(line, sums[i][v]);
+        for (int lane = 0; lane < kLanes; ++lane) to[i * kColumns + v * kLanes + lane] += line[lane];
+      }
+  }
+
+  template <typename T>
+  static void run(const SecondMomentParams& p, std::int64_t first, std::int64_t last, float* panel, double* partial) {
+    for (std::int64_t i = 0; i < panel_size(p.d); ++i) panel[i] = 0.f;  // columns beyond d are read
+    // One run of pixels is as long as a single stride describes it.
+    const bool merged = p.height <= 1 || p.row_stride == p.width * p.column_stride;
+    const std::int64_t length = merged ? p.height * p.width : p.width;
+    while (first < last) {
+      int filled = 0;
+      while (filled < kPanel && first < last) {
+        const std::int64_t line = first / length, within = first % length;
+        const std::int64_t image = merged ? line : line / p.height, row = merged ? 0 : line % p.height;
+        std::int64_t count = length - within;
+        if (count > last - first) count = last - first;
+        if (count > kPanel - filled) count = kPanel - filled;
+        const T* x =
+            static_cast<const T*>(p.x) + image * p.image_stride + row * p.row_stride + within * p.column_stride;
+        pack(x, p.column_stride, p.channel_stride, p.d, filled, static_cast<int>(count), panel);
+        filled += static_cast<int>(count);
+        first += count;
+      }
+      double* to = partial;
+      for (std::int64_t tile = 0; tile < tiles(p.d); ++tile)
+        for (std::int64_t i = 0; i < blocks_in(tile, p.d); ++i, to += kRows * kColumns) {
+          const std::int64_t row = i * kRows;
+          block(panel + row / kColumns * kColumns * kPanel + row % kColumns, panel + tile * kColumns * kPanel, filled, to);
+        }
+    }
+  }
+
+  static void finish(const double* partial, int d, double* total) {
+    for (std::int64_t tile = 0; tile < tiles(d); ++tile)
+      for (std::int64_t i = 0; i < blocks_in(tile, d) * kRows; ++i, partial += kColumns)
+        for (std::int64_t j = 0; j < kColumns; ++j) {
+          const std::int64_t column = tile * kColumns + j;
+          if (i <= column && column < d) total[i * d + column] += partial[j];
+        }
+  }
+};
+
+// With three vectors a block does 12 products for 7 loads instead of 8 for 6; at few channels the diagonal costs more than that.
+constexpr int kWideFrom = 20 * kLanes;
+
+}  // namespace
+
+SecondMomentSizes second_moment_sizes(int d) {
+  if (d >= kWideFrom) return {Triangle<3>::panel_size(d), Triangle<3>::partial_size(d)};
+  return {Triangle<2>::panel_size(d), Triangle<2>::partial_size(d)};
+}
+
+void second_moment_rows(const SecondMomentParams& p, std::int64_t first, std::int64_t last, float* panel,
+                        double* partial) {
+  const bool wide = p.d >= kWideFrom;
+  switch (p.dtype) {
+    case DType::float32:
+      return (wide ? Triangle<3>::run<float> : Triangle<2>::run<float>)(p, first, last, panel, partial);
+    case DType::float16:
+      return (wide ? Triangle<3>::run<Half> : Triangle<2>::run<Half>)(p, first, last, panel, partial);
+    case DType::bfloat16:
+      return (wide ? Triangle<3>::run<BFloat16> : Triangle<2>::run<BFloat16>)(p, first, last, panel, partial);
+  }
+}
+
+void second_moment_finish(const double* partial, int d, double* total) {
+  (d >= kWideFrom ? Triangle<3>::finish : Triangle<2>::finish)(partial, d, total);
+}
+
+}  // namespace PYREWRITE_ISA
+}  // namespace pyrewrite
