@@ -36,6 +36,7 @@ from pyrewrite.ops.insertion_geometry import (
     unfold_keys,
     upsample_margins,
 )
+from pyrewrite.ops.insertion_kernel import run_steps_cpu
 
 __all__ = [
     "ConvLayer",
@@ -339,10 +340,13 @@ def choose_steps(problem: InsertionProblem, impl: str | None) -> Callable[..., N
     if impl not in (None, "cpu", "cuda", "torch"):
         raise ValueError(f'impl: expected None, "cpu", "cuda" or "torch", got {impl!r}')
     if impl == "cuda":
-        raise RuntimeError(
-            'insert_low_rank: impl="cuda" is not there: this release has no CUDA kernel for it; use impl="torch"'
-        )
-    return run_steps_ref
+        raise RuntimeError('insert_low_rank: impl="cuda" is not there: it has no CUDA kernel yet; use impl="torch"')
+    device, dtype = problem.base.device.type, problem.base.dtype
+    if impl == "cpu" and (device != "cpu" or dtype != torch.float32):
+        raise RuntimeError(f'insert_low_rank: impl="cpu" takes float32 on the CPU, got {dtype} on {device}')
+    if impl == "torch" or device != "cpu" or dtype != torch.float32:
+        return run_steps_ref
+    return run_steps_cpu
 
 
 @torch.no_grad()

@@ -1,0 +1,155 @@
+"""The torch operator over the insertion kernel: steps of Adam on Lambda, in place, all of them in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyrewrite.ops.insertion import InsertionProblem
+
+MUTATED = ("lambda_", "exp_avg", "exp_avg_sq", "losses")
+
+
+def _load() -> object:
+    """The compiled module. Imported with the first call, so that the package imports without it."""
+    try:
+        from pyrewrite import _C
+    except ImportError as error:
+        raise RuntimeError(
+            'insert_low_rank: the compiled module pyrewrite._C is missing, so impl="cpu" is not there; '
+            'install pyrewrite with a C++ compiler, or use impl="torch"'
+        ) from error
+    return _C
+
+
+@torch.library.custom_op("pyrewrite::insertion_steps_", mutates_args=MUTATED, device_types="cpu")
+def insertion_steps_(
+    lambda_: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    losses: Tensor,
+    base: Tensor,
+    keys: Tensor,
+    goal: Tensor,
+    noise: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    starts: Sequence[int],
+    energy: Tensor | None,
+    cross: Tensor | None,
+    gram: Tensor | None,
+    penalty_scale: Tensor | None,
+    penalty_matrix: Tensor | None,
+    rank: int,
+    negative_slope: float,
+    gain: float,
+    first: int,
+    count: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """Steps first ... first + count - 1 of the loop. The tensors are those of `InsertionProblem`, float32 on the CPU.
+
+    lambda_, exp_avg, exp_avg_sq: O x K, contiguous, changed in place. losses: float64; entries first ... first + count - 1 are written.
+    """
+    o, k = lambda_.shape
+    n = base.shape[1]
+    b = len(starts) - 1
+    if rank < 1 or k % rank:
+        raise ValueError(f"rank: expected a divisor of the {k} rows of keys, got {rank}")
+    if first < 0 or count < 0:
+        raise ValueError(f"first and count: expected numbers >= 0, got {first} and {count}")
+    for name, x, shape in (
+        ("exp_avg", exp_avg, (o, k)),
+        ("exp_avg_sq", exp_avg_sq, (o, k)),
+        ("base", base, (o, n)),
+        ("keys", keys, (k, n)),
+        ("goal", goal, (o, n)),
+        ("noise", noise, (n,)),
+        ("weight", weight, (n,)),
+        ("bias", bias, (o,)),
+        ("energy", energy, (b, o)),
+        ("cross", cross, (b, o, k)),
+        ("gram", gram, (b, rank, rank)),
+        ("penalty_scale", penalty_scale, (o,)),
+        ("penalty_matrix", penalty_matrix, (rank, rank)),
+    ):
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+        if x is not None and x.dtype != torch.float32:
+            raise TypeError(f"{name}: expected float32, got {x.dtype}")
+    if (energy is None) != (cross is None) or (energy is None) != (gram is None):
+        raise ValueError("energy, cross and gram: expected all three or none")
+    if (penalty_scale is None) != (penalty_matrix is None):
+        raise ValueError("penalty_scale and penalty_matrix: expected both or none")
+    if lambda_.dtype != torch.float32 or losses.dtype != torch.float64:
+        raise TypeError(f"lambda_ and losses: expected float32 and float64, got {lambda_.dtype} and {losses.dtype}")
+    if losses.ndim != 1 or len(losses) < first + count or starts[0] != 0 or starts[-1] != n:
+        raise ValueError(f"losses needs {first + count} entries, and starts runs from 0 to {n}; got {losses.shape}, {starts}")
+    if not all(x.is_contiguous() for x in (lambda_, exp_avg, exp_avg_sq, losses)):
+        raise ValueError("lambda_, exp_avg, exp_avg_sq and losses: expected contiguous tensors")
+    kept = [
+        None if x is None else x.contiguous()
+        for x in (base, keys, goal, noise, weight, bias, energy, cross, gram, penalty_scale, penalty_matrix)
+    ]
+    _load().insertion_steps_cpu(
+        sizes=(o, rank, k // rank, first, count),
+        starts=list(starts),
+        problem=[0 if x is None else x.data_ptr() for x in kept],
+        state=[lambda_.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), losses.data_ptr() + 8 * first],
+        settings=(negative_slope, gain, lr, beta1, beta2, eps),
+        threads=torch.get_num_threads(),
+    )
+
+
+@insertion_steps_.register_fake
+def _(*arguments: object) -> None:
+    return None
+
+
+def run_steps_cpu(
+    problem: InsertionProblem,
+    lambda_: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    losses: Tensor,
+    first: int,
+    count: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """`run_steps_ref` by the C++ kernel."""
+    q, matrix = (None, None) if problem.penalty is None else problem.penalty
+    insertion_steps_(
+        lambda_,
+        exp_avg,
+        exp_avg_sq,
+        losses,
+        problem.base,
+        problem.keys,
+        problem.goal,
+        problem.noise,
+        problem.weight,
+        problem.bias,
+        problem.starts,
+        problem.energy,
+        problem.cross,
+        problem.gram,
+        q,
+        matrix,
+        problem.rank,
+        problem.negative_slope,
+        problem.gain,
+        first,
+        count,
+        lr,
+        *betas,
+        eps,
+    )
