@@ -220,15 +220,23 @@ class PatchSet:
         for update in patch.updates:
             if update.layer not in self.original:
                 self.original[update.layer] = generator.layers[update.layer].weight.detach().clone()
-        self.active.append(patch)
-        self._write(generator, patch)
+        self._set_active(generator, [*self.active, patch], patch)
 
     def discard(self, generator: Generator, patch: LowRankPatch) -> None:
-        self.active.remove(patch)
-        self._write(generator, patch)
+        self._set_active(generator, [p for p in self.active if p is not patch], patch)
         touched = {u.layer for p in self.active for u in p.updates}
         for layer in [name for name in self.original if name not in touched]:
             del self.original[layer]
+
+    def _set_active(self, generator: Generator, active: list[LowRankPatch], changed: LowRankPatch) -> None:
+        """Make `active` the active patches and write the layers of `changed`: all of it or, on an error, none of it."""
+        before, self.active = self.active, active
+        try:
+            self._write(generator, changed)
+        except BaseException:
+            self.active = before
+            self._write(generator, changed)
+            raise
 
     def check(self, generator: Generator) -> None:
         """PatchError when something else changed a patched layer's weights: recomputing would lose that change."""

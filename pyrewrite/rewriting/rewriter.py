@@ -333,6 +333,17 @@ class Rewriter:
             q = q * demodulation(conv, conv.weight.detach().double(), style).square()
         return (preserve * q).float(), p.float()
 
+    def _loop_penalty(self, penalty: tuple[Tensor, Tensor] | None, captured: Captured) -> tuple[Tensor, Tensor] | None:
+        """The penalty of the loop, whose loss is linear in the values while the penalty is quadratic in them.
+
+        Demodulation makes values of about 1; elsewhere the change is measured in units of the values' root mean square,
+        so that one `preserve` means the same for every layer and family.
+        """
+        if penalty is None or self.generator.conv_layer(self.layer).demodulate:
+            return penalty
+        unit = captured.value.square().mean().sqrt()
+        return penalty[0] / unit, penalty[1]
+
     def _insert(
         self,
         placed: list[Placed],
@@ -354,6 +365,7 @@ class Rewriter:
             elif settings.method == "low_rank":
                 init = solve_low_rank(conv, direction, targets, penalty=penalty) if settings.warm_start else None
                 clock.lap("closed form")
+                penalty = self._loop_penalty(penalty, captured)
                 result = insert_low_rank(conv, direction, targets, penalty=penalty, init=init, impl=impl, **loop)
                 lambda_, shown = result.lambda_, float(result.losses[-1])
             else:
