@@ -24,7 +24,8 @@ namespace py = pybind11;
 namespace pyrewrite {
 namespace {
 
-// Every function here takes addresses (`Tensor.data_ptr()`), sizes and strides in elements. The callers in pyrewrite/ops check them.
+// Every function here takes addresses (`Tensor.data_ptr()`), sizes and strides in elements. The callers in
+// pyrewrite/ops check them.
 using Strides = std::array<std::int64_t, 4>;
 using Place = std::pair<std::uintptr_t, Strides>;  // address, strides
 
@@ -66,12 +67,12 @@ WeightView view(const Place& place) {
   return {pointer<float>(place.first), strides[0], strides[1], strides[2], strides[3]};
 }
 
-// One weight of a batch: its shape (out, in, height, width), its tensors in the order weight, base[, grad, exp_avg, exp_avg_sq], its
-// direction (contiguous) and rank.
+// One weight of a batch: its shape (out, in, height, width), its tensors in the order weight, base[, grad, exp_avg,
+// exp_avg_sq], its direction (address, strides) and rank.
 struct Weight {
   std::array<int, 4> shape;
   std::vector<Place> places;
-  std::uintptr_t direction;
+  std::pair<std::uintptr_t, std::array<std::int64_t, 2>> direction;
   int rank;
 };
 
@@ -87,7 +88,9 @@ std::vector<ProjectionItem> items_of(const std::vector<Weight>& weights, bool ad
       item.exp_avg = view(weight.places[3]);
       item.exp_avg_sq = view(weight.places[4]);
     }
-    item.direction = pointer<const float>(weight.direction);
+    item.direction = pointer<const float>(weight.direction.first);
+    item.direction_rank_stride = weight.direction.second[0];
+    item.direction_in_stride = weight.direction.second[1];
     item.out = weight.shape[0];
     item.in = weight.shape[1];
     item.height = weight.shape[2];
@@ -130,7 +133,8 @@ void project_on_cpu(const std::vector<Weight>& weights, const Adam* adam, int th
 
 #ifdef PYREWRITE_HAS_CUDA
 
-void project_on_cuda(const std::vector<Weight>& weights, const Adam* adam, int device, std::uintptr_t stream, bool wait) {
+void project_on_cuda(const std::vector<Weight>& weights, const Adam* adam, int device, std::uintptr_t stream,
+                     bool wait) {
   const std::vector<ProjectionItem> items = items_of(weights, adam != nullptr);
   const AdamSettings settings = settings_of(adam);
   Status status;
@@ -199,14 +203,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("total"), py::arg("threads"));
 
   py::class_<Weight>(m, "Weight")
-      .def(py::init([](const std::array<int, 4>& shape, const std::vector<Place>& places, std::uintptr_t direction,
+      .def(py::init([](const std::array<int, 4>& shape, const std::vector<Place>& places,
+                       const std::pair<std::uintptr_t, std::array<std::int64_t, 2>>& direction,
                        int rank) { return Weight{shape, places, direction, rank}; }),
            py::arg("shape"), py::arg("places"), py::arg("direction"), py::arg("rank"));
-  py::class_<Adam>(m, "Adam")
-      .def(py::init([](double step, double lr, double beta1, double beta2, double eps, bool project) {
-             return Adam{step, lr, beta1, beta2, eps, project};
-           }),
-           py::arg("step"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("project"));
+  py::class_<Adam>(m, "Adam").def(py::init([](double step, double lr, double beta1, double beta2, double eps,
+                                              bool project) { return Adam{step, lr, beta1, beta2, eps, project}; }),
+                                  py::arg("step"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+                                  py::arg("project"));
   m.def("project_cpu", &project_on_cpu, py::arg("weights"), py::arg("adam").none(true), py::arg("threads"));
 #ifdef PYREWRITE_HAS_CUDA
   m.def("project_cuda", &project_on_cuda, py::arg("weights"), py::arg("adam").none(true), py::arg("device"),

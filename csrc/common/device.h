@@ -16,8 +16,8 @@ namespace pyrewrite {
 struct DeviceProperties {
   std::string name;
   int major = 0, minor = 0, multiprocessors = 0, shared_memory = 0;  // the most shared memory of a block, bytes
-  std::size_t memory = 0;                                          // bytes
-  bool reads_host_memory = false;                                  // kernels may follow pointers from malloc
+  std::size_t memory = 0;                                            // bytes
+  bool reads_host_memory = false;                                    // kernels may follow pointers from malloc
 };
 
 struct CudaReport {

@@ -8,8 +8,8 @@
 
 namespace pyrewrite {
 
-// Calls body(part) for part = 0 .. parts - 1, each on its own thread and the last on the caller's. Where the system gives no
-// more threads, the caller does the rest. `body` must not throw.
+// Calls body(part) for part = 0 .. parts - 1, each on its own thread and the last on the caller's. Where the system
+// gives no more threads, the caller does the rest. `body` must not throw.
 template <typename Body>
 void parallel_parts(int parts, const Body& body) {
   std::vector<std::thread> threads;

@@ -1,6 +1,6 @@
 // Short vectors for files named *.isa.cpp: as wide as the instruction set that the file is compiled for.
-// No standard templates in such files: their out-of-line copies, compiled for a newer processor, could be the ones that the linker
-// keeps for the whole program.
+// No standard templates in such files: their out-of-line copies, compiled for a newer processor, could be the ones that
+// the linker keeps for the whole program.
 #pragma once
 
 #include <cstdint>

@@ -18,7 +18,7 @@ Status project_one(const ProjectionItem& item, const AdamSettings& settings, int
   if (settings.project)
     for (int r = 0; r < item.rank; ++r)
       for (int i = 0; i < item.in; ++i)
-        direction[r * padded + i] = item.direction[static_cast<std::int64_t>(r) * item.in + i];
+        direction[r * padded + i] = item.direction[r * item.direction_rank_stride + i * item.direction_in_stride];
   parallel_parts(parts, [&](int part) {
     const int last = static_cast<int>(part_begin(item.out, parts, part + 1));
     for (int channel = static_cast<int>(part_begin(item.out, parts, part)); channel < last; ++channel)

@@ -111,11 +111,12 @@ void project_channel(const ProjectionItem& p, const float* direction, const Adam
   }
   if (adam.project) {
     const float* base = gather(p.base, p, channel, scratch + size);
-    float* change = scratch + 5 * size;  // taps x padded
+    float* change = scratch + 5 * size;    // taps x padded
     float* sums = change + taps * padded;  // rank x taps
     for (int k = 0; k < taps; ++k) {
       float* to = change + k * padded;
-      for (int i = 0; i < p.in; ++i) to[i] = weight[static_cast<std::int64_t>(i) * taps + k] - base[static_cast<std::int64_t>(i) * taps + k];
+      for (int i = 0; i < p.in; ++i)
+        to[i] = weight[static_cast<std::int64_t>(i) * taps + k] - base[static_cast<std::int64_t>(i) * taps + k];
       for (std::int64_t i = p.in; i < padded; ++i) to[i] = 0.f;
     }
     for (int k = 0; k < taps; k += kTaps)
@@ -146,7 +147,8 @@ void project_channel(const ProjectionItem& p, const float* direction, const Adam
       }
     for (int i = 0; i < p.in; ++i)
       for (int k = 0; k < taps; ++k)
-        weight[static_cast<std::int64_t>(i) * taps + k] = base[static_cast<std::int64_t>(i) * taps + k] + change[k * padded + i];
+        weight[static_cast<std::int64_t>(i) * taps + k] =
+            base[static_cast<std::int64_t>(i) * taps + k] + change[k * padded + i];
   }
   scatter(p.weight, p, channel, weight);
 }

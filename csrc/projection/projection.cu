@@ -1,5 +1,5 @@
-// One block an output channel. The change W - W0 of a tile of input channels is staged in shared memory, tap by tap, and its products
-// with the directions are summed there; then every element is written once.
+// One block an output channel. The change W - W0 of a tile of input channels is staged in shared memory, tap by tap,
+// and its products with the directions are summed there; then every element is written once.
 #include "common/device.h"
 #include "projection/params.h"
 
@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(kThreads) project_kernel(const __grid_constant
   const int channel = static_cast<int>(blockIdx.x) - launch.first_block[n];
   const int taps = p.height * p.width, pairs = p.rank * taps;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float* sums = shared;           // rank x taps
-  float* change = shared + pairs; // taps x pitch
+  float* sums = shared;            // rank x taps
+  float* change = shared + pairs;  // taps x pitch
   const int pitch = pitch_of(launch.tile[n]);
 
   for (int pair = threadIdx.x; pair < pairs; pair += kThreads) sums[pair] = 0.f;
@@ -68,9 +68,9 @@ __global__ void __launch_bounds__(kThreads) project_kernel(const __grid_constant
     // A warp an entry, its lanes over the input channels. Only this warp ever touches the entry.
     for (int pair = warp; pair < pairs; pair += kWarps) {
       const int r = pair / taps, k = pair % taps;
-      const float* direction = p.direction + static_cast<std::int64_t>(r) * p.in + i0;
+      const float* direction = p.direction + r * p.direction_rank_stride + i0 * p.direction_in_stride;
       float total = 0.f;
-      for (int i = lane; i < tile; i += 32) total += direction[i] * change[k * pitch + i];
+      for (int i = lane; i < tile; i += 32) total += direction[i * p.direction_in_stride] * change[k * pitch + i];
       for (int step = 16; step > 0; step /= 2) total += __shfl_down_sync(0xffffffffu, total, step);
       if (lane == 0) sums[pair] += total;
     }
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) project_kernel(const __grid_constant
     const int i = j / taps, k = j % taps;
     float total = 0.f;
     for (int r = 0; r < p.rank; ++r)
-      total += sums[r * taps + k] * p.direction[static_cast<std::int64_t>(r) * p.in + i];
+      total += sums[r * taps + k] * p.direction[r * p.direction_rank_stride + i * p.direction_in_stride];
     p.weight.data[offset(p.weight, p, channel, i, k)] = p.base.data[offset(p.base, p, channel, i, k)] + total;
   }
 }
@@ -102,10 +102,11 @@ Status project_cuda(const ProjectionItem* items, int count, const AdamSettings& 
     const ProjectionItem& p = items[n];
     const std::int64_t taps = static_cast<std::int64_t>(p.height) * p.width;
     if ((p.rank * taps + taps * pitch_of(kLeastTile)) * 4 > most)
-      return Status::error(Status::kUnsupported,
-                           "projection: rank %d with a %d x %d kernel needs more shared memory than the %d bytes of GPU "
-                           "%d; impl='torch' takes it",
-                           p.rank, p.height, p.width, most, device);
+      return Status::error(
+          Status::kUnsupported,
+          "projection: rank %d with a %d x %d kernel needs more shared memory than the %d bytes of GPU "
+          "%d; impl='torch' takes it",
+          p.rank, p.height, p.width, most, device);
   }
   int next = 0;
   while (next < count) {

@@ -16,8 +16,8 @@ Status second_moment_cpu(const SecondMomentParams& p, double* total, int threads
   std::unique_ptr<float[]> panel(new (std::nothrow) float[sizes.panel * parts]);
   std::unique_ptr<double[]> partial(new (std::nothrow) double[sizes.partial * parts]());
   if (!panel || !partial)
-    return Status::error(Status::kUnsupported, "second moment: no memory for the scratch of %d threads at d = %d", parts,
-                         p.d);
+    return Status::error(Status::kUnsupported, "second moment: no memory for the scratch of %d threads at d = %d",
+                         parts, p.d);
   parallel_parts(parts, [&](int part) {
     const std::int64_t first = part_begin(panels, parts, part) * kSecondMomentRows;
     const std::int64_t last = part_begin(panels, parts, part + 1) * kSecondMomentRows;

@@ -1,5 +1,5 @@
-// The upper triangle of X^T X, one panel of rows at a time: the panel is copied into column tiles that fit the cache (and widened, if
-// 16 bit), the products of a panel are summed in registers, and the sums added to the float64 total.
+// The upper triangle of X^T X, one panel of rows at a time: the panel is copied into column tiles that fit the cache
+// (and widened, if 16 bit), the products of a panel are summed in registers, and the sums added to the float64 total.
 #include "common/vector.isa.h"
 #include "second_moment/params.h"
 
@@ -10,7 +10,8 @@ namespace {
 constexpr int kRows = kLanes == 16 ? 8 : 4;  // of a register block
 constexpr int kPanel = kSecondMomentRows;    // rows of X in a panel: the longest float32 sum
 
-// A register block is kRows x (kVectors * kLanes). Wider blocks do more products a load; narrower ones waste less beside the diagonal.
+// A register block is kRows x (kVectors * kLanes). Wider blocks do more products a load; narrower ones waste less
+// beside the diagonal.
 template <int kVectors>
 struct Triangle {
   static constexpr int kColumns = kVectors * kLanes;  // of a tile
@@ -29,7 +30,8 @@ struct Triangle {
     return blocks * kRows * kColumns;
   }
 
-  // panel: tiles x kPanel x kColumns. Copies one run of pixels that lie `step` apart, to rows at, at + 1, ... of the panel.
+  // panel: tiles x kPanel x kColumns. Copies one run of pixels that lie `step` apart, to rows at, at + 1, ... of the
+  // panel.
   template <typename T>
   static void pack(const T* x, std::int64_t step, std::int64_t channel_stride, int d, int at, int run, float* panel) {
     for (int c = 0; c < d; c += kColumns) {
@@ -100,7 +102,8 @@ struct Triangle {
       for (std::int64_t tile = 0; tile < tiles(p.d); ++tile)
         for (std::int64_t i = 0; i < blocks_in(tile, p.d); ++i, to += kRows * kColumns) {
           const std::int64_t row = i * kRows;
-          block(panel + row / kColumns * kColumns * kPanel + row % kColumns, panel + tile * kColumns * kPanel, filled, to);
+          block(panel + row / kColumns * kColumns * kPanel + row % kColumns, panel + tile * kColumns * kPanel, filled,
+                to);
         }
     }
   }
@@ -115,7 +118,8 @@ struct Triangle {
   }
 };
 
-// With three vectors a block does 12 products for 7 loads instead of 8 for 6; at few channels the diagonal costs more than that.
+// With three vectors a block does 12 products for 7 loads instead of 8 for 6; at few channels the diagonal costs more
+// than that.
 constexpr int kWideFrom = 20 * kLanes;
 
 }  // namespace

@@ -9,8 +9,8 @@
 
 namespace pyrewrite {
 
-// The rows lie as images x height x width, each a vector of d channels, with any strides (in elements). A matrix of rows is one
-// image of height 1.
+// The rows lie as images x height x width, each a vector of d channels, with any strides (in elements). A matrix of
+// rows is one image of height 1.
 struct SecondMomentParams {
   const void* x;
   DType dtype;
@@ -19,8 +19,8 @@ struct SecondMomentParams {
   std::int64_t image_stride, row_stride, column_stride, channel_stride;
 };
 
-// Adds to the upper triangle of total (d x d, row-major, float64). Products and sums over up to kSecondMomentRows rows are
-// float32, sums of these are float64. NaN and infinity go where the products put them.
+// Adds to the upper triangle of total (d x d, row-major, float64). Products and sums over up to kSecondMomentRows rows
+// are float32, sums of these are float64. NaN and infinity go where the products put them.
 Status second_moment_cpu(const SecondMomentParams& params, double* total, int threads);
 
 constexpr int kSecondMomentRows = 256;
