@@ -1,4 +1,4 @@
-"""Exceptions that callers may want to tell apart. Each is also the built-in exception that fits, so `except ValueError` catches them."""
+"""Exceptions that callers may want to tell apart. Each is also a ValueError."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What every generator offers: named editable layers, the activations at one of them, and images from replaced activations."""
+"""What every generator offers: named editable layers, their activations, and images from replaced activations."""
 
 from __future__ import annotations
 
 import abc
 import hashlib
 import numbers as number_types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from pyrewrite.errors import UnknownLayerError
 if TYPE_CHECKING:
     from pyrewrite.ops.insertion import ConvLayer
 
-# Image number n needs the first (n + 1) * z_dim draws of the random stream; beyond this a typing error would run for minutes.
+# Image number n needs the first (n + 1) * z_dim draws of the random stream: a mistyped number must not run for hours.
 MAX_NUMBER = 1_000_000
 _ROWS_PER_DRAW = 4096
 
@@ -27,8 +27,10 @@ _ROWS_PER_DRAW = 4096
 class Activation:
     """One layer's input and output for a batch, with what it takes to go on from there.
 
-    key    B x I x h x w, the input of the convolution (StyleGAN2: after modulation; ProGAN: after PixelNorm and up-sampling)
-    value  B x O x H x W, the output (StyleGAN2: after demodulation, blur, noise, bias and leaky ReLU; ProGAN: of the convolution)
+    key    B x I x h x w, the input of the convolution
+           (StyleGAN2: after modulation; ProGAN: after PixelNorm and up-sampling)
+    value  B x O x H x W, the output
+           (StyleGAN2: after demodulation, blur, noise, bias and leaky ReLU; ProGAN: the bare convolution)
     style  B x I, or None where the family has no modulation
     noise  H x W, already times the noise strength, the same for every image; None where the family has no noise
     carry  what else flows past the layer; only `Generator.finish` of the same generator knows what it is
@@ -45,8 +47,8 @@ class Activation:
 class EditableLayer:
     """A convolution of a generator under its public name.
 
-    resolution is the height of the value map, key_resolution that of the key map. upsample: the convolution itself doubles the resolution
-    (StyleGAN2, odd layers). conv is the module that holds the weight.
+    resolution is the height of the value map, key_resolution that of the key map. upsample: the convolution itself
+    doubles the resolution (StyleGAN2, odd layers). conv is the module that holds the weight.
     """
 
     name: str
@@ -60,13 +62,13 @@ class EditableLayer:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The only place where the weight lives: 1 x O x I x k x k (StyleGAN2) or O x I x k x k (ProGAN). Change it in place."""
+        """Where the weight lives: 1 x O x I x k x k (StyleGAN2) or O x I x k x k (ProGAN). Change it in place."""
         return self.conv.weight
 
     def __repr__(self) -> str:
         up = ", upsample" if self.upsample else ""
-        channels = f"{self.in_channels} -> {self.out_channels}"
-        return f"EditableLayer({self.name}: {channels}, {self.kernel_size}x{self.kernel_size}, {self.resolution}x{self.resolution}{up})"
+        k, r = self.kernel_size, self.resolution
+        return f"EditableLayer({self.name}: {self.in_channels} -> {self.out_channels}, {k}x{k}, at {r}x{r}{up})"
 
 
 class Layers(dict):
@@ -94,8 +96,8 @@ def _image_numbers(numbers: int | Iterable[int]) -> list[int]:
 def numbered_latents(numbers: int | Iterable[int], z_dim: int, seed: int = 1) -> Tensor:
     """The latents of numbered images, B x z_dim, float32, on the CPU.
 
-    Row n is row n of `numpy.random.RandomState(seed).standard_normal((size, z_dim))` cut to float32, whatever the size, as in the official
-    tool (utils/zdataset.py): image number n is the same picture for everyone.
+    Row n is row n of `numpy.random.RandomState(seed).standard_normal((size, z_dim))` cut to float32, whatever the size,
+    as in the official tool (utils/zdataset.py): image number n is the same picture for everyone.
 
     Raises TypeError for numbers that are not integers, ValueError for one below 0 or above MAX_NUMBER.
     """
@@ -103,13 +105,24 @@ def numbered_latents(numbers: int | Iterable[int], z_dim: int, seed: int = 1) ->
     rows = np.empty((len(wanted), z_dim), np.float32)
     order = np.argsort(wanted, kind="stable")
     sorted_numbers = np.asarray(wanted, np.int64)[order]
-    stream = np.random.RandomState(seed)  # noqa: NPY002 - this very stream is the definition
+    stream = np.random.RandomState(seed)  # this very stream is the definition
     last = int(sorted_numbers[-1]) if wanted else -1
     for first in range(0, last + 1, _ROWS_PER_DRAW):
         draw = stream.standard_normal((min(_ROWS_PER_DRAW, last + 1 - first), z_dim))
         begin, end = np.searchsorted(sorted_numbers, [first, first + len(draw)])
         rows[order[begin:end]] = draw[sorted_numbers[begin:end] - first]
     return torch.from_numpy(rows)
+
+
+def batch_independent(convolution: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The convolution of x (B x C x H x W), rounded alike whatever B is.
+
+    For a batch of one small map, oneDNN takes another algorithm than for two or more: the last bits of a picture would
+    depend on its company.
+    """
+    if len(x) == 1 and x.device.type == "cpu":
+        return convolution(x.expand(2, -1, -1, -1).contiguous(memory_format=torch.channels_last))[:1]
+    return convolution(x)
 
 
 class Generator(nn.Module, abc.ABC):
@@ -136,7 +149,7 @@ class Generator(nn.Module, abc.ABC):
         self._layers = Layers()
         self._hash: tuple[tuple, str] | None = None
 
-    # -- what a family defines -------------------------------------------------------------------------------------------------------
+    # -- what a family defines ---------------------------------------
 
     @abc.abstractmethod
     def _begin(self, z: Tensor, render: bool) -> tuple[Tensor, Any]:
@@ -170,14 +183,14 @@ class Generator(nn.Module, abc.ABC):
     def mean_style(self, layer: str | EditableLayer) -> Tensor | None:
         """The style (I) of the layer at the mean latent; None where the family has no modulation."""
 
-    # -- layers and latents ----------------------------------------------------------------------------------------------------------
+    # -- layers and latents ------------------------------------------
 
     @property
     def layers(self) -> Layers:
         return self._layers
 
     def find_layer(self, layer: str | EditableLayer) -> EditableLayer:
-        """The layer of that name. Raises UnknownLayerError (a KeyError and a ValueError), which lists the names there are."""
+        """The layer of that name, or UnknownLayerError (a KeyError and ValueError), which lists the names."""
         return self._layers[layer.name if isinstance(layer, EditableLayer) else layer]
 
     def _index(self, layer: str | EditableLayer) -> int:
@@ -204,41 +217,68 @@ class Generator(nn.Module, abc.ABC):
             raise ValueError(f"latents are B x {self.z_dim} floating point numbers, got {tuple(z.shape)} of {z.dtype}")
         return z.to(self.device, self.dtype)
 
-    # -- running ---------------------------------------------------------------------------------------------------------------------
+    # -- running -----------------------------------------------------
 
     def forward(self, z: Tensor) -> Tensor:
         """Images (B x 3 x H x W in [-1, 1]; one channel for a grey generator) of the latents z (B x z_dim)."""
-        return self._render(self._checked_latents(z))
+        return self._render_from(0, *self._begin(self._checked_latents(z), render=True))
 
-    def _render(self, z: Tensor) -> Tensor:
-        x, carry = self._begin(z, render=True)
-        return self._render_from(0, x, carry)
+    def _step(self, index: int, x: Tensor, carry: Any) -> tuple[Tensor, Any]:
+        """From the input of one layer to that of the next; families override it where key and value need not be seen."""
+        key, style = self._key(index, x, carry)
+        return self._advance(index, self._value(index, key, style), carry)
+
+    def _one_by_one(self, index: int) -> bool:
+        """Whether a batch runs image by image from this layer on.
+
+        On a CPU that is faster where the maps outweigh the weights: those of one image stay in the caches.
+        """
+        layer = list(self._layers.values())[index]
+        largest = max(layer.in_channels * layer.key_resolution**2, layer.out_channels * layer.resolution**2)
+        return self.device.type == "cpu" and largest >= layer.weight.numel() // 2
+
+    def _one_of(self, carry: Any, row: int) -> Any:
+        """The carry of one image of the batch, as a batch of one."""
+        return carry
+
+    def _joined(self, carries: list[Any]) -> Any:
+        """The opposite of `_one_of`."""
+        return carries[0]
+
+    def _input_of(self, index: int, x: Tensor, carry: Any, start: int = 0) -> tuple[Tensor, Any]:
+        """The input of layer number `index` and the carry there, from those of layer number `start`."""
+        for i in range(start, index):
+            if len(x) > 1 and self._one_by_one(i):
+                parts = [self._input_of(index, x[b : b + 1], self._one_of(carry, b), i) for b in range(len(x))]
+                return torch.cat([part[0] for part in parts]), self._joined([part[1] for part in parts])
+            x, carry = self._step(i, x, carry)
+        return x, carry
 
     def _render_from(self, index: int, x: Tensor, carry: Any) -> Tensor:
         for i in range(index, len(self._layers)):
-            key, style = self._key(i, x, carry)
-            x, carry = self._advance(i, self._value(i, key, style), carry)
+            if len(x) > 1 and self._one_by_one(i):
+                return torch.cat([self._render_from(i, x[b : b + 1], self._one_of(carry, b)) for b in range(len(x))])
+            x, carry = self._step(i, x, carry)
         return self._image(x, carry).clamp(-1, 1)
-
-    def _run_to(self, index: int, z: Tensor, render: bool) -> tuple[Tensor, Tensor | None, Any]:
-        x, carry = self._begin(self._checked_latents(z), render)
-        for i in range(index):
-            key, style = self._key(i, x, carry)
-            x, carry = self._advance(i, self._value(i, key, style), carry)
-        return *self._key(index, x, carry), carry
 
     def keys(self, layer: str | EditableLayer, z: Tensor) -> Tensor:
         """The key maps (B x I x h x w) of a layer. Runs the layers before it and nothing else."""
-        return self._run_to(self._index(layer), z, render=False)[0]
+        index = self._index(layer)
+        return self._key(index, *self._input_of(index, *self._begin(self._checked_latents(z), render=False)))[0]
 
     def capture(self, layer: str | EditableLayer, z: Tensor) -> Activation:
-        """The layer's key, value, style and noise for the latents z, with what `finish` needs to go on. Stops after the layer."""
+        """The layer's key, value, style and noise for the latents z, and what `finish` needs. Stops after the layer."""
         index = self._index(layer)
-        key, style, carry = self._run_to(index, z, render=True)
-        return Activation(key, self._value(index, key, style), style, self._noise(index), carry)
+        x, carry = self._input_of(index, *self._begin(self._checked_latents(z), render=True))
+        key, style = self._key(index, x, carry)
+        return Activation(key, self._captured_value(index, x, key, style), style, self._noise(index), carry)
+
+    def _captured_value(self, index: int, x: Tensor, key: Tensor, style: Tensor | None) -> Tensor:
+        """The value map; families override it to round as `forward` does."""
+        return self._value(index, key, style)
 
     def finish(self, layer: str | EditableLayer, activation: Activation, value: Tensor | None = None) -> Tensor:
-        """Images (B x 3 x H x W in [-1, 1]) that follow when the layer's value is `value` (B x O x H x W; None: as captured).
+        """Images (B x 3 x H x W in [-1, 1]) that follow from the layer's value (B x O x H x W; None: as captured).
 
         Raises ValueError when value has another shape than the captured one.
         """
@@ -252,9 +292,9 @@ class Generator(nn.Module, abc.ABC):
         return self._render_from(index + 1, x, carry)
 
     def images(self, numbers: int | Iterable[int], seed: int = 1, batch_size: int | None = None) -> Tensor:
-        """The numbered images, B x 3 x H x W in [-1, 1], on the generator's device, rendered in batches without gradients.
+        """The numbered images, B x 3 x H x W in [-1, 1], on the generator's device, in batches and without gradients.
 
-        batch_size: how many at once; by default what fits the machine's caches. It does not change the images.
+        batch_size: how many at once (default 8 on a CPU, 32 elsewhere). It does not change the images.
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is at least 1, got {batch_size}")
@@ -271,12 +311,13 @@ class Generator(nn.Module, abc.ABC):
     def _batch_size(self) -> int:
         return 8 if self.device.type == "cpu" else 32
 
-    # -- identity --------------------------------------------------------------------------------------------------------------------
+    # -- identity ----------------------------------------------------
 
     def weights_hash(self) -> str:
-        """sha256 (hex) over the names, shapes, types and bytes of all weights and buffers; another one after every edit.
+        """sha256 (hex) over the names, shapes, types and bytes of all weights and buffers; another after every edit.
 
-        The result is kept until a tensor's version counter moves: an edit through `.data` does not move it, one with copy_ or add_ does.
+        The result is kept until a tensor's version counter moves. An edit with copy_ or add_ moves it; one through
+        `.data` does not.
         """
         state = self.state_dict()
         seen = tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in self._named_tensors())

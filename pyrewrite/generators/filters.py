@@ -1,6 +1,6 @@
 """The small low-pass filters of StyleGAN2, on whole feature maps.
 
-A filter is applied as a true convolution (flipped, which matters only for filters that are not symmetric), as in the published network.
+A filter is applied as a true convolution, as published: flipped, which matters where it is not symmetric.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ from torch import Tensor
 
 
 def blur_padding(kernel: Tensor, kernel_size: int) -> tuple[int, int]:
-    """Padding before and after, in pixels, of the filter that follows a transposed convolution of stride 2: it ends at twice the input's size."""
+    """Padding before and after, in pixels, of the filter that follows a transposed convolution of stride 2.
+
+    The result has twice the size of the input of that convolution.
+    """
     p = kernel.shape[0] - 2 - (kernel_size - 1)
     return (p + 1) // 2 + 1, p // 2 + 1
 
 
-def filtered(x: Tensor, kernel: Tensor, before: int, after: int) -> Tensor:
-    """x: B x C x H x W, kernel: fh x fw -> each channel filtered after zero padding (negative: cropping) on both axes."""
+def filtered(x: Tensor, kernel: Tensor, before: int, after: int, bias: Tensor | None = None) -> Tensor:
+    """x: B x C x H x W, kernel: fh x fw, bias: C -> each channel filtered after zero padding (negative: cropping)."""
     weight = kernel.flip(0, 1).to(x.dtype).expand(x.shape[1], 1, -1, -1)
     if before != after or before < 0:
-        return F.conv2d(F.pad(x, (before, after, before, after)), weight, groups=x.shape[1])
-    return F.conv2d(x, weight, padding=before, groups=x.shape[1])
+        return F.conv2d(F.pad(x, (before, after, before, after)), weight, bias, groups=x.shape[1])
+    return F.conv2d(x, weight, bias, padding=before, groups=x.shape[1])
 
 
 def upsampled_by_two(x: Tensor, kernel: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyrewrite.generators.base import EditableLayer, Generator
+from pyrewrite.generators.base import EditableLayer, Generator, batch_independent
 
 if TYPE_CHECKING:
     from pyrewrite.ops.insertion import ConvLayer
@@ -35,7 +35,7 @@ class ScaledBias(nn.Module):
 
 
 class Block(nn.Module):
-    """A convolution, then times a constant, plus a bias. The constant is gain / (k sqrt(in)): the equalised learning rate."""
+    """A convolution, then times gain / (k sqrt(in)) (the equalised learning rate), plus a bias."""
 
     def __init__(self, o: int, i: int, k: int, gain: float):
         super().__init__()
@@ -64,7 +64,7 @@ class ProGANShape:
 
 
 class ProGAN(Generator):
-    """Layers layer1 (the latent, by a 4 x 4 convolution with full padding), layer2, layer3 (on the up-sampled map), ..."""
+    """Layers layer1 (the latent, 4 x 4 convolution with full padding), layer2, layer3 (on the up-sampled map), ..."""
 
     family = "progan"
 
@@ -103,17 +103,32 @@ class ProGAN(Generator):
     def _begin(self, z: Tensor, render: bool) -> tuple[Tensor, None]:
         return z[:, :, None, None], None
 
-    def _key(self, index: int, x: Tensor, carry: None) -> tuple[Tensor, None]:
-        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPSILON)  # PixelNorm
+    def _normalised(self, index: int, x: Tensor, scale: float = 1.0) -> Tensor:
+        """PixelNorm, and nearest up-sampling where the resolution doubles."""
+        x = x * (scale * torch.rsqrt(x.square().mean(1, keepdim=True) + EPSILON))
         if index and index % 2 == 0:
             x = F.interpolate(x, scale_factor=2, mode="nearest")
-        return x.contiguous(memory_format=torch.channels_last), None
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def _key(self, index: int, x: Tensor, carry: None) -> tuple[Tensor, None]:
+        return self._normalised(index, x), None
 
     def _value(self, index: int, key: Tensor, style: None) -> Tensor:
-        return F.conv2d(key, self._block(index).conv.weight, padding=self._padding(index))
+        weight, padding = self._block(index).conv.weight, self._padding(index)
+        return batch_independent(lambda x: F.conv2d(x, weight, padding=padding), key)
 
     def _advance(self, index: int, value: Tensor, carry: None) -> tuple[Tensor, None]:
         return F.leaky_relu(self._block(index).scaled(value), SLOPE), None
+
+    def _step(self, index: int, x: Tensor, carry: None) -> tuple[Tensor, None]:
+        """Key, value and what follows, with the constant in the PixelNorm and the bias in the convolution."""
+        block, padding = self._block(index), self._padding(index)
+        x = self._normalised(index, x, block.scale)
+        if self._one_by_one(index):
+            x = F.conv2d(x, block.conv.weight, block.wscale.b, padding=padding)
+        else:
+            x = batch_independent(lambda x: F.conv2d(x, block.conv.weight, block.wscale.b, padding=padding), x)
+        return F.leaky_relu_(x, SLOPE), None
 
     def _image(self, x: Tensor, carry: None) -> Tensor:
         block = getattr(self, self._output_name)

@@ -1,21 +1,22 @@
 """StyleGAN2 with skip connections (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020).
 
-Parameters carry the names of the rosinality checkpoints. Modulation is applied to the input of a convolution and demodulation to its output
-(section 2.2 there): the convolution itself is shared by the batch, which makes it the linear associative memory of the rewriting paper.
+Parameters carry the names of the rosinality checkpoints. Modulation is applied to the input of a convolution and
+demodulation to its output (section 2.2 there): the convolution itself is shared by the batch, which makes it the linear
+associative memory of the rewriting paper.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyrewrite.generators.base import EditableLayer, Generator, numbered_latents
+from pyrewrite.generators.base import EditableLayer, Generator, batch_independent, numbered_latents
 from pyrewrite.generators.filters import blur_padding, filtered, upsampled_by_two
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class EqualLinear(nn.Module):
         self.scale, self.rate, self.activated = rate / math.sqrt(fan_in), rate, activated
 
     def forward(self, x: Tensor) -> Tensor:  # B x fan_in -> B x fan_out
-        y = F.linear(x * self.scale, self.weight, self.bias * self.rate)
+        y = F.linear(x * self.scale, self.weight.to(x.dtype), self.bias.to(x.dtype) * self.rate)
         return F.leaky_relu(y, SLOPE) * GAIN if self.activated else y
 
 
@@ -98,7 +99,7 @@ class ToRGB(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, skip: Tensor | None) -> Tensor:
         """x: B x I x H x W, skip: B x C x H/2 x W/2 or None -> B x C x H x W"""
-        style = self.conv.modulation(w) * self.conv.scale  # B x I
+        style = self.conv.modulation(w.double()).to(w.dtype) * self.conv.scale  # B x I
         matrix = self.conv.weight[0, :, :, 0, 0] * style[:, None]  # B x C x I
         rgb = torch.bmm(matrix, x.flatten(2)).view(len(x), -1, *x.shape[2:]) + self.bias
         return rgb if skip is None else rgb + upsampled_by_two(skip, self.upsample.kernel)
@@ -126,7 +127,7 @@ class StyleGAN2Shape:
 
 
 class StyleGAN2(Generator):
-    """Layers layer2 (base resolution), layer3 (up-samples), layer4, layer5 (up-samples), ... as in the official rewriting tool."""
+    """Layers layer2 (base resolution), layer3 (up-samples), layer4, ... as the official rewriting tool numbers them."""
 
     family = "stylegan2"
 
@@ -136,7 +137,7 @@ class StyleGAN2(Generator):
         self.z_dim, self.w_dim = widths[0], style_dim
         self.image_channels = shape.image_channels
         # style.0 is the normalisation, which has no weights; the names begin at style.1.
-        mapping = [EqualLinear(a, b, MAPPING_RATE, activated=True) for a, b in zip(widths, widths[1:], strict=False)]
+        mapping = [EqualLinear(a, b, MAPPING_RATE, activated=True) for a, b in pairwise(widths)]
         self.style = nn.ModuleList([nn.Identity(), *mapping])
         self.input = nn.Module()
         self.input.input = nn.Parameter(torch.empty(1, shape.input, shape.base, shape.base))
@@ -162,7 +163,7 @@ class StyleGAN2(Generator):
         self._truncation = 1.0
         self.requires_grad_(False).eval()
 
-    # -- latents ---------------------------------------------------------------------------------------------------------------------
+    # -- latents -----------------------------------------------------
 
     @property
     def truncation(self) -> float:
@@ -176,11 +177,15 @@ class StyleGAN2(Generator):
         self._truncation = value
 
     def mapped(self, z: Tensor) -> Tensor:
-        """z: B x z_dim -> w: B x w_dim, before truncation."""
-        w = z * torch.rsqrt(z.square().mean(1, keepdim=True) + EPSILON)
+        """z: B x z_dim -> w: B x w_dim, before truncation.
+
+        In float64: the mapping is a small part of the work, and its rounding is the largest error in the images.
+        """
+        w = z.double()
+        w = w * torch.rsqrt(w.square().mean(1, keepdim=True) + EPSILON)
         for layer in self.style[1:]:
             w = layer(w)
-        return w
+        return w.to(z.dtype)
 
     def truncated(self, w: Tensor) -> Tensor:
         return w if self._truncation == 1 else torch.lerp(self.latent_avg, w, self._truncation)
@@ -196,7 +201,7 @@ class StyleGAN2(Generator):
         with torch.no_grad():
             return self.find_layer(layer).conv.modulation(self.latent_avg[None])[0]
 
-    # -- layers ----------------------------------------------------------------------------------------------------------------------
+    # -- layers ------------------------------------------------------
 
     def _styled(self, index: int) -> StyledConv:
         return self.conv1 if index == 0 else self.convs[index - 1]
@@ -207,22 +212,72 @@ class StyleGAN2(Generator):
         return x, (w, None, render)
 
     def _key(self, index: int, x: Tensor, carry: tuple) -> tuple[Tensor, Tensor]:
-        style = self._styled(index).conv.modulation(carry[0])  # B x I
+        style = self._style(self._styled(index).conv, carry[0])  # B x I
         return (x * style[:, :, None, None]).contiguous(memory_format=torch.channels_last), style
 
     def _value(self, index: int, key: Tensor, style: Tensor) -> Tensor:
         styled = self._styled(index)
         conv, weight = styled.conv, styled.conv.weight[0]
-        # B x O: the norm of each modulated filter, without building the filters
-        norm = style.square() @ weight.square().sum((2, 3)).t() * conv.scale**2
-        demodulation = torch.rsqrt(norm + EPSILON) * conv.scale
-        if conv.kernel is None:
-            x = F.conv2d(key, weight, padding=weight.shape[-1] // 2)
-        else:
-            x = F.conv_transpose2d(key, weight.transpose(0, 1), stride=2)
-            x = filtered(x, conv.kernel, *blur_padding(conv.kernel, weight.shape[-1]))
-        x = x * demodulation[:, :, None, None] + (self._noise(index) + styled.activate.bias[:, None, None])
+        x = batch_independent(lambda x: self._convolved(conv, x, weight), key)
+        x = x * self._demodulation(conv, style)[:, :, None, None]
+        x = x + self._noise(index) + styled.activate.bias[:, None, None]
         return F.leaky_relu(x, SLOPE) * GAIN
+
+    def _demodulation(self, conv: ModulatedConv, style: Tensor) -> Tensor:
+        """style: B x I -> B x O, one over the norm of each modulated filter, times the scale of the weights."""
+        energy = conv.weight[0].square().sum((2, 3)).double()  # O x I
+        norm = style.double().square() @ energy.t() * conv.scale**2
+        return (torch.rsqrt(norm + EPSILON) * conv.scale).to(style.dtype)
+
+    def _style(self, conv: ModulatedConv, w: Tensor) -> Tensor:
+        """w: B x w_dim -> B x I, in float64 inside, so that the rounding does not depend on B."""
+        return conv.modulation(w.double()).to(w.dtype)
+
+    def _convolved(self, conv: ModulatedConv, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: B x I x h x w, weight: O x I x k x k -> B x O x H x W, with the up-sampling where the layer has one."""
+        if conv.kernel is None:
+            return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+        x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+        return filtered(x, conv.kernel, *blur_padding(conv.kernel, weight.shape[-1]), bias)
+
+    def _step(self, index: int, x: Tensor, carry: tuple) -> tuple[Tensor, tuple]:
+        if not (len(x) == 1 and self._one_by_one(index)):
+            return super()._step(index, x, carry)
+        return self._advance(
+            index, self._value_of_one(index, x, self._style(self._styled(index).conv, carry[0])), carry
+        )
+
+    def _captured_value(self, index: int, x: Tensor, key: Tensor, style: Tensor) -> Tensor:
+        if not self._one_by_one(index):
+            return self._value(index, key, style)
+        rows = [slice(b, b + 1) for b in range(len(x))]
+        return (
+            torch.cat([self._value_of_one(index, x[row], style[row]) for row in rows])
+            if rows
+            else self._value(index, key, style)
+        )
+
+    def _value_of_one(self, index: int, x: Tensor, style: Tensor) -> Tensor:
+        """x: 1 x I x h x w, the layer's input, style: 1 x I -> the value, 1 x O x H x W.
+
+        Where the map is larger than the weights it is cheaper to modulate these: that leaves two passes over the map
+        beside the convolution. The gain goes into the weights too, for gain * lrelu(x) is lrelu(gain * x).
+        """
+        styled = self._styled(index)
+        conv = styled.conv
+        demodulation = self._demodulation(conv, style) * GAIN  # 1 x O
+        weight = conv.weight[0] * (demodulation.t() * style)[:, :, None, None]
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self._convolved(conv, x, weight, styled.activate.bias * GAIN)
+        return F.leaky_relu_(x.add_(self._noise(index) * GAIN), SLOPE)
+
+    def _one_of(self, carry: tuple, row: int) -> tuple:
+        w, rgb, render = carry
+        return w[row : row + 1], None if rgb is None else rgb[row : row + 1], render
+
+    def _joined(self, carries: list[tuple]) -> tuple:
+        ws, rgbs, renders = zip(*carries, strict=True)
+        return torch.cat(ws), None if rgbs[0] is None else torch.cat(rgbs), renders[0]
 
     def _noise(self, index: int) -> Tensor:
         return getattr(self.noises, f"noise_{index}")[0, 0] * self._styled(index).noise.weight

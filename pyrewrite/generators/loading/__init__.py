@@ -1,4 +1,4 @@
-"""Loading generators: the family and the layout are recognised from the content of the file, all sizes from the weights."""
+"""Loading generators: family and layout are recognised from the content of the file, all sizes from the weights."""
 
 from __future__ import annotations
 
@@ -36,17 +36,20 @@ def load_generator(
     family: str | None = None,
     seed: int = 1,
 ) -> Generator:
-    """A generator from a checkpoint, or a bundled one by its name ("peeps": StyleGAN2, 128 x 128; "peeps-progan": Progressive GAN, 64 x 64).
+    """A generator from a checkpoint, or a bundled one by its name.
 
-    Reads rosinality files ({g_ema, latent_avg} or the plain state dict), files of the official rewriting tool (also with its sequential
-    names) and Progressive GAN files (plain, {state_dict}, features.N). A file whose name is that of a bundled generator wins over it.
+    Bundled are "peeps" (StyleGAN2, 128 x 128) and "peeps-progan" (Progressive GAN, 64 x 64).
+
+    Reads rosinality files ({g_ema, latent_avg} or the plain state dict), files of the official rewriting tool (also with
+    its sequential names) and Progressive GAN files (plain, {state_dict}, features.N). A file that has the name of a
+    bundled generator wins over it.
 
     truncation  StyleGAN2 only; see Generator.truncation
     family      "stylegan2" or "progan" makes a file of the other family an error; None takes what the file holds
     seed        for the noise of layers whose noise the file does not hold
 
-    Raises FileNotFoundError, IsADirectoryError, CheckpointError (not a checkpoint, damaged, wrong names or shapes, NaN; always a ValueError
-    that names the file) and ValueError for the other arguments. Nothing is loaded in part.
+    Raises FileNotFoundError, IsADirectoryError, CheckpointError (not a checkpoint, damaged, wrong names or shapes, NaN;
+    always a ValueError that names the file) and ValueError for the other arguments. Nothing is loaded in part.
     """
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family is one of {', '.join(FAMILIES)} or None, got {family!r}")
@@ -84,7 +87,7 @@ def _family(weights: Weights) -> str:
     if not scores[best]:
         shown = ", ".join(list(weights.tensors)[:8])
         raise CheckpointMismatchError(
-            f"{weights.origin} holds {len(weights.tensors)} tensors, but not those of a generator known here (StyleGAN2: conv1.conv.weight, "
-            f"convs.0.conv.weight, ...; Progressive GAN: layer1.conv.weight, ...). It holds {shown} ..."
+            f"{weights.origin} holds {len(weights.tensors)} tensors, but not those of a generator known here "
+            f"(StyleGAN2: conv1.conv.weight, convs.0.conv.weight, ...; Progressive GAN: layer1.conv.weight, ...). It holds {shown} ..."
         )
     return best

@@ -35,7 +35,8 @@ _SIGNATURES = (
 def require_checkpoint(path: Path) -> None:
     """Raise unless the file is a whole torch checkpoint as far as its outer layout says.
 
-    Raises FileNotFoundError, IsADirectoryError, NotACheckpointError (which names what the file is) or DamagedCheckpointError (with sizes).
+    Raises FileNotFoundError, IsADirectoryError, NotACheckpointError (which names what the file is) or
+    DamagedCheckpointError (with sizes).
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
@@ -107,7 +108,7 @@ def _require_whole_archive(path: Path, size: int) -> None:
     if bad and len(bad) < len(names):
         records = ", ".join(bad[:3]) + (" ..." if len(bad) > 3 else "")
         raise DamagedCheckpointError(
-            f"{str(path)!r} is damaged: {size} bytes, {len(bad)} of {len(names)} records have wrong checksums ({records})"
+            f"{str(path)!r} is damaged: {size} bytes, wrong checksums in {len(bad)} of {len(names)} records ({records})"
         )
 
 

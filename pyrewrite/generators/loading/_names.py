@@ -34,7 +34,7 @@ class Weights:
 
 
 def find_weights(content: Any, origin: str) -> Weights:
-    """Descend through the wrappers of a checkpoint to the tensors. Raises CheckpointMismatchError where there are none."""
+    """Descend through the wrappers of a checkpoint to the tensors. Raises CheckpointMismatchError if there are none."""
     beside: dict[str, Any] = {}
     notes: list[str] = []
     taken = []
@@ -80,7 +80,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def require_names(weights: Weights, expected: Iterable[str], what: str) -> None:
-    """Raise CheckpointMismatchError unless the names are exactly those expected; the message lists what is missing and what is extra."""
+    """Raise CheckpointMismatchError, listing what is missing and what is extra, unless the names are those expected."""
     expected = list(expected)
     missing = [name for name in expected if name not in weights.tensors]
     known = set(expected)
@@ -97,7 +97,7 @@ def require_names(weights: Weights, expected: Iterable[str], what: str) -> None:
 
 
 def fill(generator: Generator, weights: Weights, what: str) -> None:
-    """Copy the tensors into the generator, in float32. Raises before anything is copied when a shape, type or value is wrong."""
+    """Copy the tensors into the generator, in float32. Raises before that if a shape, type or value is wrong."""
     state = generator.state_dict(keep_vars=True)
     wrong = [
         f"{name} is {tuple(weights.tensors[name].shape)}, expected {tuple(tensor.shape)}"

@@ -1,7 +1,8 @@
 """Reading torch checkpoints without running anything that they hold.
 
-Only `torch.load(weights_only=True)`, with three harmless additions: the options of a training script (argparse.Namespace, read into an inert
-object), NumPy scalars and NumPy arrays of plain numbers (read into our own types; arrays of objects are refused).
+Only `torch.load(weights_only=True)`, with three harmless additions: the options of a training script
+(argparse.Namespace, read into an inert object), NumPy scalars and NumPy arrays of plain numbers (read into our own
+types; arrays of objects are refused).
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ def read_torch_file(path: Path) -> Any:
         unsupported = re.search(r"GLOBAL (\S+)", str(error))
         if unsupported:
             raise CheckpointError(
-                f"{str(path)!r} holds an object of {unsupported[1]}, which is not opened: only tensors, numbers, text and plain arrays are. "
-                "Save the generator's state_dict() instead"
+                f"{str(path)!r} holds an object of {unsupported[1]}, which is not opened: "
+                "only tensors, numbers, text and plain arrays are. Save the generator's state_dict() instead"
             ) from error
         if "NumPy" in str(error):
             raise CheckpointError(f"{str(path)!r} holds {error}") from error

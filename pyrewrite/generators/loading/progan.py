@@ -21,7 +21,7 @@ def matching_names(tensors: dict[str, Tensor]) -> int:
 
 
 def load(weights: Weights) -> ProGAN:
-    """Build the generator that the weights describe. Raises CheckpointMismatchError (names, shapes) or NonFiniteWeightsError."""
+    """Build the generator that the weights describe. Raises CheckpointMismatchError or NonFiniteWeightsError."""
     old = any(name.startswith("features.") for name in weights.tensors)
     weights.tensors = {
         re.sub(r"^features\.(\d+)\.", lambda m: f"layer{int(m[1]) + 1}.", name): t

@@ -38,7 +38,8 @@ def matching_names(tensors: dict[str, Tensor]) -> int:
 def rosinality_name(name: str) -> str:
     """The name in the rosinality layout of a tensor of the sequential layout; other names come back as they are.
 
-    layer2.conv is conv1; layerN.sconv is convs.(N - 3); within both, mconv is conv, with the weight in mconv or in mconv.dconv.
+    layer2.conv is conv1; layerN.sconv is convs.(N - 3); within both, mconv is conv, with the weight in mconv or in
+    mconv.dconv.
     to_rgb1.rgb is to_rgb1; to_rgbN.rgb is to_rgbs.(N - 2), whose skip filter is up_rgb(N - 1).
     """
     if match := re.fullmatch(r"layer(\d+)\.s?conv\.(.+)", name):
@@ -54,7 +55,7 @@ def rosinality_name(name: str) -> str:
 
 
 def load(weights: Weights, noise_seed: int) -> StyleGAN2:
-    """Build the generator that the weights describe. Raises CheckpointMismatchError (names, shapes) or NonFiniteWeightsError."""
+    """Build the generator that the weights describe. Raises CheckpointMismatchError or NonFiniteWeightsError."""
     _rename(weights)
     mean = _take_mean(weights)
     mapping = _count(weights, r"style\.(\d+)\.")
@@ -100,7 +101,10 @@ def _count(weights: Weights, pattern: str) -> int:
 
 
 def _take_mean(weights: Weights) -> Tensor | None:
-    """Remove the mean latent from wherever it stands; None where there is none, or only the scalar that the official tool starts with."""
+    """Remove the mean latent from wherever it stands.
+
+    None where there is none, or only the scalar that the official tool starts with.
+    """
     for name in _MEAN_NAMES:
         mean = weights.tensors.pop(name, None)
         if mean is None:
@@ -125,7 +129,7 @@ def _refuse_other_architectures(weights: Weights, convs: int) -> None:
     }
     if len(outputs) == 1 and convs > 1 and f"to_rgbs.{convs // 2 - 1}" in outputs:
         raise CheckpointMismatchError(
-            f"{weights.origin} is a StyleGAN2 without skip connections (only its last layer makes colours): not supported"
+            f"{weights.origin} is a StyleGAN2 without skip connections (colours in the last layer only): not supported"
         )
     labels = [name for name in weights.tensors if "embed" in name or "label" in name]
     if labels:
@@ -195,8 +199,8 @@ def _filter_size(weights: Weights, name: str) -> tuple[int, int]:
 
 
 def _make_noises(generator: StyleGAN2, weights: Weights, missing: list[str], seed: int) -> None:
-    """Fixed noise for the layers whose noise the file does not hold: the draws of the official tool, layer after layer."""
-    stream = np.random.RandomState(seed)  # noqa: NPY002 - this very stream is the definition
+    """Fixed noise for the layers whose noise the file lacks: the draws of the official tool, layer after layer."""
+    stream = np.random.RandomState(seed)  # this very stream is the definition
     for name, buffer in generator.noises.named_buffers():
         draw = stream.standard_normal(tuple(buffer.shape)).astype(np.float32)
         if f"noises.{name}" in missing:
