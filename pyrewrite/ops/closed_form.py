@@ -1,8 +1,9 @@
 """The insertion in closed form: least squares before the layer's nonlinearity.
 
-Before the leaky ReLU, and with the demodulation held at W0, the layer is linear in Lambda, so the goal can be carried back through
-gain, leaky ReLU, noise, bias and demodulation and fitted by least squares. For one key without spatial extent this is
-Lambda = (v* - W0 k*) / (d . k*), equation 12 of Bau et al. (ECCV 2020). Milliseconds where the loop takes seconds.
+Before the leaky ReLU, and with the demodulation held at W0, the layer is linear in Lambda, so the goal can be carried
+back through gain, leaky ReLU, noise, bias and demodulation and fitted by least squares. For one key without spatial
+extent this is Lambda = (v* - W0 k*) / (d . k*), equation 12 of Bau et al. (ECCV 2020). Milliseconds where the loop
+takes seconds.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ def solve_low_rank(
 ) -> Tensor:
     """Lambda (O x r x kh x kw) of the least squares fit of all targets; arguments and errors as in `insert_low_rank`.
 
-    Minimises for every output channel  sum_u w_u (scale conv(D key, Lambda)_u - (g(goal) - base)_u)^2 + mu <Lambda, P Lambda>, where g
-    undoes what follows the convolution and w are the weights of the pixels, which sum to 1 over all targets. The channels share one Gram
-    matrix, (r kh kw)^2. With penalty = (q, P), mu is the mean over the channels of q_o / demod_o^2: the loop's penalty measures the values
-    after demodulation, this one before it.
-    ridge: added to the Gram matrix, as a part of its mean diagonal; what makes the solution unique where the keys do not.
+    Minimises for every output channel  sum_u w_u (scale conv(D key, Lambda)_u - (g(goal) - base)_u)^2 + mu <Lambda, P
+    Lambda>, where g undoes what follows the convolution and w are the weights of the pixels, which sum to 1 over all
+    targets. The channels share one Gram matrix, (r kh kw)^2. With penalty = (q, P), mu is the mean over the channels of
+    q_o / demod_o^2: the loop's penalty measures the values after demodulation, this one before it.
+    ridge: added to the Gram matrix, as a part of its mean diagonal; what makes the solution unique where the keys do
+    not.
     """
     if not 0 <= ridge < float("inf"):
         raise ValueError(f"ridge: expected a finite number >= 0, got {ridge!r}")
@@ -50,7 +52,8 @@ def solve_low_rank(
     if not scale > 0:  # keys of zero: nothing acts on anything
         return residual.new_zeros(shape)
     right = weighted @ residual.double().t()  # K x O
-    # Where ridge is 0 or the penalty is not positive, rounding may leave a negative eigenvalue: then a larger ridge, up to 1e-4.
+    # Where ridge is 0 or the penalty is not positive, rounding may leave a negative eigenvalue: then a larger ridge, up
+    # to 1e-4.
     for part in (ridge, max(ridge, 1e-12), max(ridge, 1e-8), max(ridge, 1e-4)):
         factor, failed = torch.linalg.cholesky_ex(
             gram + (part * scale) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
@@ -67,5 +70,5 @@ def linear_residual(problem: InsertionProblem) -> tuple[Tensor, Tensor | None]:
     if problem.energy is None:
         return x - problem.base, None
     demod = problem.energy.rsqrt()  # B x O
-    counts = torch.tensor([b - a for a, b in zip(problem.starts, problem.starts[1:], strict=False)], device=x.device)
+    counts = torch.tensor([b - a for a, b in problem.ranges], device=x.device)
     return x / demod.t().repeat_interleave(counts, 1, output_size=x.shape[1]) - problem.base, demod

@@ -1,10 +1,12 @@
 """Low-rank insertion: find Lambda so that a layer with the weight W0 + Lambda D puts out what is wanted.
 
 Bau et al., "Rewriting a Deep Generative Model" (ECCV 2020), sections 3.2 and 3.3: D (r x I) spans the directions of the
-context, and Adam minimises the L1 distance to the goal over Lambda (O x r x kh x kw). Here any number of targets share one Lambda.
+context, and Adam minimises the L1 distance to the goal over Lambda (O x r x kh x kw). Here any number of targets share
+one Lambda.
 
-Since conv(key, W0 + Lambda D) = conv(key, W0) + conv(D key, Lambda), a step only needs the r channels of D key. `prepare` computes
-once all that is constant; the loop then sees matrices only (`InsertionProblem`), and so does its kernel.
+Since conv(key, W0 + Lambda D) = conv(key, W0) + conv(D key, Lambda), a step only needs the r channels of D key.
+`prepare` computes once all that is constant; the loop then sees matrices only (`InsertionProblem`), and so does its
+kernel.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pyrewrite.errors import NonFiniteError
+from pyrewrite.ops import _library
 from pyrewrite.ops.insertion_geometry import (
     DEMODULATION_EPSILON,
     ConvLayer,
@@ -64,7 +67,12 @@ CALLBACK_SECONDS = 0.08  # about how often a callback is called and Ctrl-C is se
 
 @dataclass(frozen=True)
 class Insertion:
-    """lambda_: O x r x kh x kw. losses: steps, float64, each recorded before its step. penalty: the penalty term at the end."""
+    """The result of `insert_low_rank`.
+
+    lambda_  O x r x kh x kw
+    losses   steps, float64, each recorded before its step
+    penalty  the penalty term at the end
+    """
 
     lambda_: Tensor
     losses: Tensor
@@ -83,7 +91,8 @@ class InsertionProblem:
     bias     O
     starts   B + 1    the first column of each target, and N
     energy   B x O, cross B x O x K, gram B x r x r: the squared norm of target b's modulated filter o is
-             energy + 2 <Lambda_o, cross> + <Lambda_o, gram Lambda_o>, the factor scale^2 and 1e-8 included; None: no demodulation
+             energy + 2 <Lambda_o, cross> + <Lambda_o, gram Lambda_o>, the factor scale^2 and 1e-8 included; None: no
+             demodulation
     penalty  q (O) and P (r x r): adds mean_o q_o <Lambda_o, P Lambda_o>; or None
     """
 
@@ -103,11 +112,16 @@ class InsertionProblem:
     gain: float
 
     @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The first column of each target and the one after its last."""
+        return list(zip(self.starts, self.starts[1:], strict=False))
+
+    @property
     def rank(self) -> int:
         return self.keys.shape[0] // (self.kernel[0] * self.kernel[1])
 
 
-# -- what is constant in the loop ------------------------------------------------------------------------------------------------------
+# -- what is constant in the loop --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -179,7 +193,7 @@ def check_penalty(penalty: Penalty | None, o: int, rank: int, like: Tensor) -> P
     return q, (matrix + matrix.t()) / 2
 
 
-# -- the reference loop ----------------------------------------------------------------------------------------------------------------
+# -- the reference loop ------------------------------------------------------------------------------------------------
 
 
 def penalty_value(problem: InsertionProblem, lambda_: Tensor) -> Tensor:
@@ -197,9 +211,7 @@ def loss_and_gradient(problem: InsertionProblem, lambda_: Tensor) -> tuple[Tenso
     y = problem.base + lambda_ @ problem.keys  # O x N, before demodulation
     z = y
     if problem.energy is not None:
-        counts = torch.tensor(
-            [b - a for a, b in zip(problem.starts, problem.starts[1:], strict=False)], device=y.device
-        )
+        counts = torch.tensor([b - a for a, b in problem.ranges], device=y.device)
         products = torch.matmul(problem.gram[:, None], x).flatten(2)  # B x O x K
         norm2 = problem.energy + ((2 * problem.cross + products) * lambda_).sum(2)  # B x O
         demod = norm2.rsqrt()  # B x O
@@ -216,7 +228,7 @@ def loss_and_gradient(problem: InsertionProblem, lambda_: Tensor) -> tuple[Tenso
     else:
         gradient = (by_z * demod_u) @ problem.keys.t()
         by_demod = torch.stack(
-            [(by_z[:, a:b] * y[:, a:b]).sum(1) for a, b in zip(problem.starts, problem.starts[1:], strict=False)]
+            [(by_z[:, a:b] * y[:, a:b]).sum(1) for a, b in problem.ranges]
         )  # dloss / d demod, B x O;  d demod / d Lambda = -demod^3 (cross + gram Lambda)
         gradient = gradient - ((by_demod * demod**3)[:, :, None] * (problem.cross + products)).sum(0)
     if problem.penalty is not None:
@@ -237,7 +249,10 @@ def run_steps_ref(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """Steps first ... first + count - 1 of Adam, in place. lambda_, exp_avg, exp_avg_sq: O x K; losses: at least first + count."""
+    """Steps first ... first + count - 1 of Adam, in place.
+
+    lambda_, exp_avg, exp_avg_sq: O x K. losses: at least first + count.
+    """
     beta1, beta2 = betas
     for step in range(first, first + count):
         loss, gradient = loss_and_gradient(problem, lambda_)
@@ -248,7 +263,7 @@ def run_steps_ref(
         lambda_.addcdiv_(exp_avg, root, value=-lr / (1 - beta1 ** (step + 1)))
 
 
-# -- the public function ---------------------------------------------------------------------------------------------------------------
+# -- the public function -----------------------------------------------------------------------------------------------
 
 
 def insert_low_rank(
@@ -267,19 +282,21 @@ def insert_low_rank(
 ) -> Insertion:
     """Minimise the L1 distance of the layer's values to the goals over W = W0 + Lambda D, with Adam from zero state.
 
-    The loss of target b is sum_u w_u mean_o |v_ou - goal_ou| / sum_u w_u, over its pixels u and the output channels o; the loss is the
-    mean over the targets. Bau et al. (ECCV 2020), equation 14 in the low-rank form; the updates are those of torch.optim.Adam.
+    The loss of target b is sum_u w_u mean_o |v_ou - goal_ou| / sum_u w_u, over its pixels u and the output channels o;
+    the loss is the mean over the targets. Bau et al. (ECCV 2020), equation 14 in the low-rank form; the updates are
+    those of torch.optim.Adam.
 
     layer      see ConvLayer; its weight is W0, O x I x kh x kw. float32; float64 only where impl is "torch" or None
     direction  r x I (or I for rank 1), dtype and device of the weight
     targets    one InsertionTarget or several, of any sizes
     penalty    (q: O, P: r x r), adds mean_o q_o <Lambda_o, P Lambda_o> to what is minimised; not part of the losses
     init       O x r x kh x kw to start from; None: zero
-    callback   callback(steps done, last loss), about every 80 ms and at the end. What it raises ends the loop and passes through
+    callback   callback(steps done, last loss), about every 80 ms and at the end. What it raises ends the loop and
+               passes through
     impl       None: the kernel for the device and dtype, where there is one; "cpu", "cuda", "torch": exactly that one
 
-    Returns an Insertion. No argument is changed. Raises TypeError, ValueError or NonFiniteError (a ValueError), naming the argument;
-    RuntimeError where impl is not there.
+    Returns an Insertion. No argument is changed. Raises TypeError, ValueError or NonFiniteError (a ValueError), naming
+    the argument; RuntimeError where impl is not there.
     """
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps: expected an integer above 0, got {steps!r}")
@@ -336,17 +353,9 @@ def paced(steps: int) -> Sequence[int]:
 
 
 def choose_steps(problem: InsertionProblem, impl: str | None) -> Callable[..., None]:
-    """The function that runs steps of this problem."""
-    if impl not in (None, "cpu", "cuda", "torch"):
-        raise ValueError(f'impl: expected None, "cpu", "cuda" or "torch", got {impl!r}')
-    if impl == "cuda":
-        raise RuntimeError('insert_low_rank: impl="cuda" is not there: it has no CUDA kernel yet; use impl="torch"')
-    device, dtype = problem.base.device.type, problem.base.dtype
-    if impl == "cpu" and (device != "cpu" or dtype != torch.float32):
-        raise RuntimeError(f'insert_low_rank: impl="cpu" takes float32 on the CPU, got {dtype} on {device}')
-    if impl == "torch" or device != "cpu" or dtype != torch.float32:
-        return run_steps_ref
-    return run_steps_cpu
+    """The function that runs steps of this problem. Raises where `impl` is not there."""
+    chosen = _library.resolve("insert_low_rank", impl, problem.base)
+    return run_steps_cpu if chosen == "cpu" else run_steps_ref
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """What a convolution layer computes on a crop, and the surroundings that the crop of its keys needs.
 
-Notation as in Bau et al., "Rewriting a Deep Generative Model" (ECCV 2020), section 3: a key is the channel vector at one
-pixel of the convolution's input, a value what the layer puts out there.
+Notation as in Bau et al., "Rewriting a Deep Generative Model" (ECCV 2020), section 3: a key is the channel vector at
+one pixel of the convolution's input, a value what the layer puts out there.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ DEMODULATION_EPSILON = 1e-8
 class ConvLayer:
     """A convolution layer as the insertion sees it.
 
-    The value is ``v = gain * leaky_relu(demod * scale * conv(key, weight) + noise + bias, negative_slope)``, where ``demod`` is
-    one number for each target and output channel, ``rsqrt(scale^2 sum_iyx style_i^2 weight_oiyx^2 + 1e-8)``, or 1.
+    The value is ``v = gain * leaky_relu(demod * scale * conv(key, weight) + noise + bias, negative_slope)``, where
+    ``demod`` is one number for each target and output channel, ``rsqrt(scale^2 sum_iyx style_i^2 weight_oiyx^2 +
+    1e-8)``, or 1.
 
     weight          O x I x kh x kw, float32 (float64 for the torch implementation)
     scale           factor on the weight; StyleGAN2: 1 / sqrt(I kh kw)
@@ -33,7 +34,7 @@ class ConvLayer:
     bias            O, or None
     negative_slope  of the leaky ReLU; 1 means none
     gain            factor after the leaky ReLU; StyleGAN2: sqrt(2)
-    padding         of the convolution on the whole map, on every side (not used where there is a blur); None: kernel // 2
+    padding         of the convolution on the whole map, on every side; None: kernel // 2. Not used with a blur
     """
 
     weight: Tensor
@@ -64,11 +65,11 @@ class InsertionTarget:
     weight: Tensor | None = None
 
 
-# -- margins ---------------------------------------------------------------------------------------------------------------------------
+# -- margins -----------------------------------------------------------------------------------------------------------
 
 
 def blur_padding(taps: int, kernel_size: int) -> tuple[int, int]:
-    """Padding before and after, in pixels, of the filter behind a transposed convolution of stride 2: it ends at twice the size."""
+    """Padding before and after the blur of a transposed convolution of stride 2: the output is twice as large."""
     p = taps - 2 - (kernel_size - 1)
     return (p + 1) // 2 + 1, p // 2 + 1
 
@@ -79,7 +80,8 @@ def upsample_margins(taps: int, kernel_size: int) -> tuple[int, int]:
     taps: length of the blur filter. kernel_size: of the transposed convolution. (1, 1) for 4 taps and a 3 x 3 kernel.
     """
     before, _ = blur_padding(taps, kernel_size)
-    # Value u reads the transposed convolution at u - before + 0 ... taps - 1, and that reads key x where 0 <= n - 2x < kernel_size.
+    # Value u reads n = u - before ... u - before + taps - 1 of the transposed convolution, and n reads the keys x with
+    # 0 <= n - 2x < kernel_size.
     return (before + kernel_size - 1) // 2, (taps - before) // 2
 
 
@@ -124,7 +126,8 @@ def crop_key(layer: ConvLayer, key: Tensor, box: Sequence[int], *, surroundings:
     key: I x h x w, the whole map. box: (top, left, bottom, right), half open, on the value map; even coordinates for an
     up-sampling layer. Returns I x hk x wk, a copy, with zeros where the map ends.
     surroundings=False: zeros around the box as well, as the official tool's `tight_paste` has them (the crop convolved
-    alone). It applies where key and value maps lie on each other (a "same" convolution); others keep their surroundings.
+    alone). It applies where key and value maps lie on each other (a "same" convolution); others keep their
+    surroundings.
     """
     top, left, bottom, right = box[0], box[1], box[2], box[3]
     if not (top < bottom and left < right):
@@ -154,7 +157,7 @@ def crop_key(layer: ConvLayer, key: Tensor, box: Sequence[int], *, surroundings:
     return F.pad(inside, outside) if any(outside) else inside.clone()
 
 
-# -- the layer on a crop ---------------------------------------------------------------------------------------------------------------
+# -- the layer on a crop -----------------------------------------------------------------------------------------------
 
 
 def blurred_crop(layer: ConvLayer, x: Tensor, height: int, width: int) -> Tensor:
@@ -172,7 +175,7 @@ def blurred_crop(layer: ConvLayer, x: Tensor, height: int, width: int) -> Tensor
 
 
 def conv_crop(layer: ConvLayer, key: Tensor, weight: Tensor) -> Tensor:
-    """scale * conv(key, weight) with the blur, on crops: key B x I x hk x wk, weight O x I x kh x kw -> B x O x h x w."""
+    """scale * conv(key, weight), with the blur: key B x I x hk x wk, weight O x I x kh x kw -> B x O x h x w."""
     if layer.blur is None:
         return F.conv2d(key, weight) * layer.scale
     above, below, left, right = margins(layer)
@@ -181,7 +184,8 @@ def conv_crop(layer: ConvLayer, key: Tensor, weight: Tensor) -> Tensor:
 
 
 def unfold_keys(layer: ConvLayer, key: Tensor) -> Tensor:
-    """The matrix U with scale * conv(key, weight) = weight.flatten(1) @ U: key B x C x hk x wk -> B x (C kh kw) x (h w).
+    """The matrix U with scale * conv(key, weight) = weight.flatten(1) @ U: key B x C x hk x wk -> B x (C kh kw) x (h
+    w).
 
     For an up-sampling layer it goes through the transposed convolution and the blur, which are linear too.
     """
@@ -203,7 +207,10 @@ def demodulation(layer: ConvLayer, weight: Tensor, style: Tensor) -> Tensor:
 
 
 def layer_values(layer: ConvLayer, target: InsertionTarget, weight: Tensor | None = None) -> Tensor:
-    """What the layer puts out on a target's crop, O x h x w. weight: O x I x kh x kw instead of the layer's own. Differentiable."""
+    """What the layer puts out on a target's crop, O x h x w. Differentiable.
+
+    weight: O x I x kh x kw, in place of the layer's own.
+    """
     weight = layer.weight if weight is None else weight
     x = conv_crop(layer, target.key[None], weight)[0]  # O x h x w
     if layer.demodulate:
@@ -217,7 +224,7 @@ def layer_values(layer: ConvLayer, target: InsertionTarget, weight: Tensor | Non
     return x * layer.gain
 
 
-# -- checks ----------------------------------------------------------------------------------------------------------------------------
+# -- checks ------------------------------------------------------------------------------------------------------------
 
 
 def _shape(x: Tensor) -> str:
@@ -225,7 +232,7 @@ def _shape(x: Tensor) -> str:
 
 
 def check_tensor(name: str, x: object, shape: Sequence[int | str], like: Tensor | None = None) -> Tensor:
-    """x as a detached tensor of this shape (an int fixes a size, a str names a free one >= 1) with like's dtype and device."""
+    """x, detached, if it has this shape (a str: any size >= 1), like's dtype and device, and finite numbers."""
     expected = " x ".join(map(str, shape))
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a {expected} tensor, got {type(x).__name__}")
@@ -262,7 +269,7 @@ def check_layer(layer: ConvLayer) -> ConvLayer:
 
 
 def check_targets(layer: ConvLayer, targets: InsertionTarget | Sequence[InsertionTarget]) -> list[InsertionTarget]:
-    """The targets with detached tensors, at least one; `layer` comes from `check_layer`. Raises as `check_layer` does."""
+    """The targets with detached tensors, at least one. `layer` comes from `check_layer`, and errors are as there."""
     targets = [targets] if isinstance(targets, InsertionTarget) else list(targets)
     if not targets:
         raise ValueError("targets is empty: expected at least one InsertionTarget")

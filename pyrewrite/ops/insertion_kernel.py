@@ -8,22 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyrewrite.ops import _library
+
 if TYPE_CHECKING:
     from pyrewrite.ops.insertion import InsertionProblem
 
 MUTATED = ("lambda_", "exp_avg", "exp_avg_sq", "losses")
-
-
-def _load() -> object:
-    """The compiled module. Imported with the first call, so that the package imports without it."""
-    try:
-        from pyrewrite import _C
-    except ImportError as error:
-        raise RuntimeError(
-            'insert_low_rank: the compiled module pyrewrite._C is missing, so impl="cpu" is not there; '
-            'install pyrewrite with a C++ compiler, or use impl="torch"'
-        ) from error
-    return _C
 
 
 @torch.library.custom_op("pyrewrite::insertion_steps_", mutates_args=MUTATED, device_types="cpu")
@@ -56,7 +46,8 @@ def insertion_steps_(
 ) -> None:
     """Steps first ... first + count - 1 of the loop. The tensors are those of `InsertionProblem`, float32 on the CPU.
 
-    lambda_, exp_avg, exp_avg_sq: O x K, contiguous, changed in place. losses: float64; entries first ... first + count - 1 are written.
+    lambda_, exp_avg, exp_avg_sq: O x K, contiguous, changed in place. losses: float64; entries first ... first + count
+    - 1 are written.
     """
     o, k = lambda_.shape
     n = base.shape[1]
@@ -91,14 +82,16 @@ def insertion_steps_(
     if lambda_.dtype != torch.float32 or losses.dtype != torch.float64:
         raise TypeError(f"lambda_ and losses: expected float32 and float64, got {lambda_.dtype} and {losses.dtype}")
     if losses.ndim != 1 or len(losses) < first + count or starts[0] != 0 or starts[-1] != n:
-        raise ValueError(f"losses needs {first + count} entries, and starts runs from 0 to {n}; got {losses.shape}, {starts}")
+        raise ValueError(
+            f"expected losses of {first + count} entries and starts from 0 to {n}, got {losses.shape} and {starts}"
+        )
     if not all(x.is_contiguous() for x in (lambda_, exp_avg, exp_avg_sq, losses)):
         raise ValueError("lambda_, exp_avg, exp_avg_sq and losses: expected contiguous tensors")
     kept = [
         None if x is None else x.contiguous()
         for x in (base, keys, goal, noise, weight, bias, energy, cross, gram, penalty_scale, penalty_matrix)
     ]
-    _load().insertion_steps_cpu(
+    _library.native("insert_low_rank").insertion_steps_cpu(
         sizes=(o, rank, k // rank, first, count),
         starts=list(starts),
         problem=[0 if x is None else x.data_ptr() for x in kept],

@@ -1,12 +1,13 @@
 """Insertion by projected gradient descent, the published default: Adam on the whole weight, projected every few steps.
 
-Bau et al., "Rewriting a Deep Generative Model" (ECCV 2020), section 3.3. Between two projections the weight moves freely, so the
-losses on the way are those of weights that are thrown away; what counts is the loss after the last projection (`final_loss`).
+Bau et al., "Rewriting a Deep Generative Model" (ECCV 2020), section 3.3. Between two projections the weight moves
+freely, so the losses on the way are those of weights that are thrown away; what counts is the loss after the last
+projection (`final_loss`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +24,17 @@ from pyrewrite.ops.insertion_geometry import (
     check_targets,
     unfold_keys,
 )
+from pyrewrite.ops.projection import project_adam_
 
 
 @dataclass(frozen=True)
 class ProjectedInsertion:
-    """lambda_: O x r x kh x kw, with W = W0 + Lambda D after the last projection. losses: steps, float64, each recorded before its step
-    (of the weight as it then is, projected or not). final_loss: of the weight left behind."""
+    """The result of `insert_projected`.
+
+    lambda_     O x r x kh x kw, with W = W0 + Lambda D after the last projection
+    losses      steps, float64, each recorded before its step, of the weight as it then is, projected or not
+    final_loss  the loss of the weight left behind
+    """
 
     lambda_: Tensor
     losses: Tensor
@@ -49,10 +55,11 @@ def insert_projected(
     callback: Callback | None = None,
     impl: str | None = None,
 ) -> ProjectedInsertion:
-    """Adam on the whole weight W, with W <- W0 + (W - W0) D^T D over the input channels after steps 0, project_every, ... and the last.
+    """Adam on the whole weight W, with W <- W0 + (W - W0) D^T D over the input channels after steps 0, project_every,
+    ... and the last.
 
-    The state of Adam is not projected. Loss, arguments, callback and errors as in `insert_low_rank`; direction (r x I) needs orthonormal
-    rows. No argument is changed.
+    The state of Adam is not projected. Loss, arguments, callback and errors as in `insert_low_rank`; direction (r x I)
+    needs orthonormal rows. No argument is changed.
     """
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps: expected an integer above 0, got {steps!r}")
@@ -65,19 +72,17 @@ def insert_projected(
     identity = torch.eye(len(direction), dtype=direction.dtype, device=direction.device)
     if (direction @ direction.t() - identity).abs().max() > 1e-3:
         raise ValueError("direction: expected orthonormal rows, as a projection needs them")
-    o, _, kh, kw = layer.weight.shape
-
     gradient = WeightGradient(layer, targets)
     weight = layer.weight.clone(memory_format=torch.contiguous_format)  # O x I x kh x kw
     exp_avg, exp_avg_sq = torch.zeros_like(weight), torch.zeros_like(weight)
     losses = torch.zeros(steps, dtype=torch.float64, device=weight.device)
-    update = choose_update(layer.weight, direction, lr, betas, eps, impl)
+    buffers = (layer.weight, direction, gradient.by_weight.view_as(weight), exp_avg, exp_avg_sq)
     done = 0
     for count in paced(steps):
         for step in range(done, done + count):
             losses[step] = gradient(weight)
             project = step % project_every == 0 or step == steps - 1
-            update(weight, gradient.by_weight.view_as(weight), exp_avg, exp_avg_sq, step + 1, project)
+            project_adam_(weight, *buffers, step=step + 1, lr=lr, betas=betas, eps=eps, project=project, impl=impl)
         done += count
         if callback is not None:
             callback(done, losses[done - 1].item())
@@ -101,7 +106,7 @@ class WeightGradient:
         like = layer.weight
         o, _, kh, kw = like.shape
         columns = [target.goal[0].numel() for target in targets]
-        self.starts = [sum(columns[:b]) for b in range(len(columns) + 1)]
+        self.ranges = [(sum(columns[:b]), sum(columns[: b + 1])) for b in range(len(columns))]
         self.keys = torch.cat([unfold_keys(layer, target.key[None])[0] for target in targets], 1)  # M x N
         self.keys_t = self.keys.t().contiguous()  # N x M
         self.goal = torch.cat([target.goal.flatten(1) for target in targets], 1)  # O x N
@@ -134,7 +139,7 @@ class WeightGradient:
         else:
             torch.mul(w, w, out=self.scratch)
             demod = (self.scratch @ self.square.t()).add_(DEMODULATION_EPSILON).rsqrt_()  # O x B
-            for b, (start, stop) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
+            for b, (start, stop) in enumerate(self.ranges):
                 self.demod_u[:, start:stop] = demod[:, b : b + 1]
             torch.addcmul(self.shift, y, self.demod_u, out=z)
         # The slope of the leaky ReLU with the gain: z > 0 -> gain, else gain * slope.
@@ -148,33 +153,9 @@ class WeightGradient:
             torch.mm(by_z, self.keys_t, out=self.by_weight)
             return loss
         torch.mul(by_z, y, out=z)
-        by_demod = torch.stack(
-            [z[:, a:b].sum(1) for a, b in zip(self.starts, self.starts[1:], strict=False)], 1
-        )  # O x B
+        by_demod = torch.stack([z[:, a:b].sum(1) for a, b in self.ranges], 1)  # O x B
         torch.mm(by_z.mul_(self.demod_u), self.keys_t, out=self.by_weight)
         # d demod / dW = -demod^3 square W
         torch.mm(by_demod.mul_(demod.pow_(3)).neg_(), self.square, out=self.scratch)
         self.by_weight.addcmul_(self.scratch, w)
         return loss
-
-
-def choose_update(
-    base: Tensor, direction: Tensor, lr: float, betas: tuple[float, float], eps: float, impl: str | None
-) -> Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], None]:
-    """update(weight, gradient, exp_avg, exp_avg_sq, step, project), step from 1: one step of Adam, then the projection if asked for."""
-    if impl not in (None, "torch"):
-        raise ValueError(f'impl: expected None or "torch", got {impl!r}')
-    beta1, beta2 = betas
-    root = torch.empty_like(base)
-
-    def update(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, project: bool) -> None:
-        exp_avg.lerp_(gradient, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        torch.sqrt(exp_avg_sq, out=root)
-        root.div_((1 - beta2**step) ** 0.5).add_(eps)
-        weight.addcdiv_(exp_avg, root, value=-lr / (1 - beta1**step))
-        if project:
-            change = torch.einsum("oihw,ri->orhw", weight - base, direction)
-            torch.add(base, torch.einsum("orhw,ri->oihw", change, direction), out=weight)
-
-    return update
