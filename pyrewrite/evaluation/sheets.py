@@ -73,7 +73,7 @@ def contact_sheet(
     gap, pad = 3, size // 2 + 4
     margin = 2 * pad + max(int(font.getlength(caption)) for caption in captions)
     top = pad + (size + 6 + pad if title else 0)
-    label_height = size + 6 if labels is not None else 0
+    label_height = size + 9 if labels is not None else 0
     block = label_height + len(rows) * (height + gap) + pad
     blocks = -(-count // columns)
     inner = max(columns * (width + gap), int(heading.getlength(title)) + pad - margin)
@@ -84,7 +84,13 @@ def contact_sheet(
     for i in range(count):
         x, y = margin + i % columns * (width + gap), top + i // columns * block
         if labels is not None:
-            draw.text((x + width / 2, y + label_height - 3), _fit(labels[i], font, width), _FAINT, font, anchor="ms")
+            draw.text(
+                (x + width / 2, y + label_height - 2 - size // 3),
+                _fit(labels[i], font, width),
+                _FAINT,
+                font,
+                anchor="ms",
+            )
         for r, images in enumerate(pixels):
             picture = Image.fromarray(images[i]).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(picture, (x, y + label_height + r * (height + gap)))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from pyrewrite._files import write_atomically
 from pyrewrite.errors import NonFiniteError
-from pyrewrite.ops.second_moment import second_moment_
+from pyrewrite.ops import second_moment_
 from pyrewrite.statistics.whitening import matrix_power
 
 # What reading a foreign, cut off or damaged .npz raises, across numpy's versions.
@@ -149,17 +150,18 @@ class SecondMoment:
         return f"SecondMoment(d={self.d}, count={self.count}, device={self.device}, precision={self.precision!r})"
 
 
-def open_npz(path: str | os.PathLike) -> np.lib.npyio.NpzFile:
+@contextmanager
+def open_npz(path: str | os.PathLike) -> Iterator[np.lib.npyio.NpzFile]:
     """Open an .npz lazily and without pickles. FileNotFoundError, or a ValueError that names the file."""
-    try:
-        file = np.load(path, allow_pickle=False)
-    except (FileNotFoundError, IsADirectoryError):
-        raise
-    except DAMAGED_FILE as error:
-        raise ValueError(f"{path}: not an .npz file, or damaged ({error})") from error
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise ValueError(f"{path}: a single array, an .npz file with named arrays is expected")
-    return file
+    with open(path, "rb") as raw:  # numpy would leave the file open when it turns out to be no archive
+        try:
+            file = np.load(raw, allow_pickle=False)
+        except DAMAGED_FILE as error:
+            raise ValueError(f"{path}: not an .npz file, or damaged ({error})") from error
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError(f"{path}: a single array, an .npz file with named arrays is expected")
+        with file:
+            yield file
 
 
 def read_member(file: Mapping[str, np.ndarray], member: str, name: str) -> np.ndarray:
