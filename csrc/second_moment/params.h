@@ -23,7 +23,7 @@ struct SecondMomentParams {
 // are float32, sums of these are float64. NaN and infinity go where the products put them.
 Status second_moment_cpu(const SecondMomentParams& params, double* total, int threads);
 
-constexpr int kSecondMomentRows = 256;
+constexpr int kSecondMomentRows = 128;
 
 // What one thread needs: floats for its panel of rows, float64 partial sums (zero at first).
 struct SecondMomentSizes {

@@ -1,8 +1,8 @@
 """Projection of a convolution's change onto a few input directions, alone or after a step of Adam.
 
-``W <- W0 + (W - W0) D^T D`` over the input channels: the constraint of "Rewriting a Deep Generative Model" (Bau et al., ECCV 2020,
-section 3.3), with the orthonormal rows of D spanning the keys that may change. One pass over the weights, and one launch on a GPU for
-a whole list of them.
+``W <- W0 + (W - W0) D^T D`` over the input channels: the constraint of "Rewriting a Deep Generative Model" (Bau et
+al., ECCV 2020, section 3.3), with the orthonormal rows of D spanning the keys that may change. One pass over the
+weights, and one launch on a GPU for a whole list of them.
 """
 
 from __future__ import annotations
@@ -45,11 +45,13 @@ def project(weight: Tensor, base: Tensor, direction: Tensor, *, impl: str | None
 def project_(weight: Tensors, base: Tensors, direction: Tensors, *, impl: str | None = None) -> Tensors:
     """Project each weight's change from `base`, in place: W <- W0 + (W - W0) D^T D. Returns `weight`.
 
-    weight: O x I x kh x kw (or 1 x O x I x kh x kw), or a list of such, of different shapes if need be; base: the same shapes;
-    direction: r x I with orthonormal rows (not checked), one for all or a list. float32 in the kernels, any floating-point type in torch, any
-    strides. A weight equal to its base is unchanged, bit for bit. NaN in a weight or base spreads over its output channel.
+    weight: O x I x kh x kw (or 1 x O x I x kh x kw), or a list of such, of different shapes if need be; base: the
+    same shapes; direction: r x I with orthonormal rows (not checked), one for all or a list. float32 in the kernels,
+    any floating-point type in torch, any strides. A weight equal to its base stays equal. NaN in a
+    weight or base spreads over its output channel.
 
-    Raises ValueError or TypeError where they do not fit, MissingKernelError for an `impl` that is not there; nothing is written then.
+    Raises ValueError or TypeError where they do not fit, MissingKernelError for an `impl` that is not there; nothing
+    is written then.
     """
     weights, bases, directions = _lists(weight, base, direction)
     _refuse_grad("project_", weights)
@@ -65,9 +67,9 @@ def project_adam_(
 ) -> Tensors:  # fmt: skip
     """One step of Adam (as torch.optim.Adam without weight decay), then the projection, in place. Returns `weight`.
 
-    grad, exp_avg and exp_avg_sq have the weights' shapes; `step` is 1 at the first step. exp_avg and exp_avg_sq, updated too, are those of
-    the unprojected weight. With ``project=False`` it is the Adam step alone, and `base` and `direction` are only checked. Otherwise as
-    project_.
+    grad, exp_avg and exp_avg_sq have the weights' shapes; `step` is 1 at the first step. exp_avg and exp_avg_sq,
+    updated too, are those of the unprojected weight. With ``project=False`` it is the Adam step alone, and `base` and
+    `direction` are only checked. Otherwise as project_.
     """
     weights, bases, directions = _lists(weight, base, direction)
     grads, averages, squares = (_list(t, n, len(weights)) for t, n in

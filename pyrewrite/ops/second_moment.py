@@ -1,8 +1,9 @@
-"""Second moment of feature vectors: ``sum over rows k of k k^T``, the C of "Rewriting a Deep Generative Model" (Bau et al., ECCV 2020,
-section 3.2), uncentred and not divided by the number of rows.
+"""Second moment of feature vectors: ``sum over rows k of k k^T``, the C of "Rewriting a Deep Generative Model" (Bau
+et al., ECCV 2020, section 3.2), uncentred and not divided by the number of rows.
 
-Products are float32 (float64 for float64 input), sums of at most 256 rows float32 and everything beyond float64: the error does not grow
-with the number of rows, as it does in ``x.T @ x``. Only one triangle is computed; the other is its mirror, exactly.
+Products are float32 (float64 for float64 input), sums of at most 128 rows float32 and everything beyond float64: the
+error does not grow with the number of rows, as it does in ``x.T @ x``. Only one triangle is computed; the other is
+its mirror, exactly.
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ def second_moment_ref(x: Tensor) -> Tensor:
 def second_moment_(moment: Tensor, x: Tensor, *, precision: str = "fp32", impl: str | None = None) -> Tensor:
     """Add the second moment of `x` to `moment`, in place, and return `moment`.
 
-    moment: d x d float64, any strides; x: N x d rows, or B x d x H x W maps, whose rows are the channels at each pixel, float32,
-    float16, bfloat16 or (in torch) float64. Any strides: NCHW, channels_last, slices and batch strides are read where they lie. N, B, H
-    and W may be 0. NaN and infinity propagate: a NaN in channel j makes row and column j NaN, and nothing else.
+    moment: d x d float64, any strides; x: N x d rows, or B x d x H x W maps, whose rows are the channels at each
+    pixel, float32, float16, bfloat16 or (in torch) float64. Any strides: NCHW, channels_last, slices and batch
+    strides are read where they lie. N, B, H and W may be 0. NaN and infinity propagate: a NaN in channel j makes row
+    and column j NaN, and nothing else.
 
-    precision: "fp32", or "tf32", which allows a GPU's tensor cores to round the factors to 10 fraction bits. "fp32" is kept also where
-    torch is set to lower its own (``torch.set_float32_matmul_precision``): the torch implementation then multiplies in float64.
+    precision: "fp32", or "tf32", which allows a GPU's tensor cores to round the factors to 10 fraction bits. "fp32"
+    is kept also where torch is set to lower its own (``torch.set_float32_matmul_precision``): the torch
+    implementation then multiplies in float64.
 
-    Raises ValueError or TypeError for shapes, data types and devices that do not fit, MissingKernelError for an `impl` that is not
-    there (see pyrewrite.ops._library for the rule of ``impl=None``). `moment` is then unchanged.
+    Raises ValueError or TypeError for shapes, data types and devices that do not fit, MissingKernelError for an
+    `impl` that is not there (see pyrewrite.ops._library for the rule of ``impl=None``). `moment` is then unchanged.
     """
     if torch.is_grad_enabled() and (moment.requires_grad or x.requires_grad):
         raise RuntimeError(

@@ -1,0 +1,228 @@
+"""second_moment_: every implementation against float64, on every layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyrewrite.ops import MissingKernelError, _library, second_moment, second_moment_, second_moment_ref
+
+IMPLS = ["cpu", "torch"]
+KINDS = [torch.float32, torch.float16, torch.bfloat16]
+# Around the widths of register blocks and the number of rows in a panel (128).
+ROWS = [(1, 1), (3, 1), (2, 5), (127, 16), (128, 17), (257, 31), (1000, 64), (700, 129), (300, 161), (513, 250)]
+MAPS = [(1, 1, 1, 1), (2, 3, 4, 5), (3, 64, 16, 16), (5, 33, 7, 9), (2, 130, 20, 20), (300, 4, 1, 1), (1, 8, 300, 1)]
+
+
+def moment_of(x: torch.Tensor, **settings) -> torch.Tensor:
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    assert second_moment_(total, x, **settings) is total
+    return total
+
+
+def check(x: torch.Tensor, impl: str | None, bound: float = 3e-7) -> None:
+    result, truth = moment_of(x, impl=impl), second_moment_ref(x)
+    assert torch.equal(result, result.T)
+    rows = x if x.ndim == 2 else x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    baseline = rows.float().T @ rows.float()
+    error, usual = ((m.double() - truth).norm() / truth.norm() for m in (result, baseline))
+    assert error <= 2 * usual + 1e-7
+    assert error < bound
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+def test_rows(shape, impl):
+    torch.manual_seed(0)
+    n, d = shape
+    check(torch.randn(n, d) + 0.5, impl)
+    check(torch.randn(d, n).T, impl)
+    check(torch.randn(2 * n, d + 3)[::2, 1 : d + 1], impl)
+    check(torch.randn(n, 2 * d)[:, ::2], impl)
+    check(torch.randn(1, d).expand(n, d), impl, bound=3e-6)  # equal rows: every rounding goes the same way
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+def test_maps(shape, impl):
+    torch.manual_seed(0)
+    b, c, h, w = shape
+    check(torch.randn(shape), impl)
+    check(torch.randn(shape).contiguous(memory_format=torch.channels_last), impl)
+    check(torch.randn(2 * b, c, h, w)[::2], impl)  # strides between images
+    check(torch.randn(b, c, h + 2, w + 3)[:, :, 1 : h + 1, 2 : w + 2], impl)
+    check(torch.randn(b, c, w, h).transpose(2, 3), impl)
+    check(torch.randn(b, 2 * c, h, w)[:, ::2], impl)
+    check(torch.randn(b, h + 1, w + 1, c).permute(0, 3, 1, 2)[:, :, 1:, :w], impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", KINDS)
+def test_types(dtype, impl):
+    torch.manual_seed(0)
+    check(torch.randn(300, 20).to(dtype), impl)
+    check(torch.randn(2, 20, 9, 7).to(dtype), impl)
+    tiny = torch.full((4, 2), 3e-7).to(dtype)  # subnormal in half
+    torch.testing.assert_close(moment_of(tiny, impl=impl), second_moment_ref(tiny), rtol=1e-6, atol=0)
+    large = torch.full((4, 2), 300.0).to(dtype)  # its square overflows half
+    torch.testing.assert_close(moment_of(large, impl=impl), second_moment_ref(large), rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif(_library.native_problem() != "", reason="needs the binary module")
+def test_every_half_is_widened_exactly():
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        values = bits.view(dtype)
+        kept = values[values.isfinite() & (values.float().abs() < 1e18) & (values.float().abs() > 1e-18)]
+        one_by_one = kept.reshape(-1, 1)
+        for value in (one_by_one[::997], one_by_one):
+            torch.testing.assert_close(moment_of(value, impl="cpu"), second_moment_ref(value), rtol=1e-6, atol=0)
+
+
+def test_float64_in_torch():
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(moment_of(x), second_moment_ref(x), rtol=1e-13, atol=1e-13)
+    with pytest.raises(TypeError, match=r"second_moment_: impl='cpu' takes float32, float16, bfloat16, got float64"):
+        moment_of(x, impl="cpu")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 4, 4), (2, 5, 0, 4), (2, 5, 4, 0)], ids=str)
+def test_no_rows(shape, impl):
+    total = torch.full((5, 5), 2.0, dtype=torch.float64)
+    second_moment_(total, torch.zeros(shape), impl=impl)
+    assert (total == 2).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_adds_to_what_is_there(impl):
+    torch.manual_seed(0)
+    x = torch.randn(700, 9)
+    total = moment_of(x, impl=impl)
+    version = total._version
+    second_moment_(total, x, impl=impl)
+    assert total._version > version
+    torch.testing.assert_close(total, 2 * moment_of(x, impl=impl), rtol=1e-15, atol=0)
+    wide = torch.zeros(9, 18, dtype=torch.float64)
+    second_moment_(wide[:, ::2], x, impl=impl)
+    assert torch.equal(wide[:, ::2], moment_of(x, impl=impl))
+    assert (wide[:, 1::2] == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite_is_seen(bad, impl):
+    torch.manual_seed(0)
+    for x in (torch.rand(600, 40) + 0.1, torch.rand(2, 40, 15, 20) + 0.1):
+        x[1, 7] = bad
+        result = moment_of(x, impl=impl)
+        seen = torch.zeros(40, 40, dtype=torch.bool)
+        seen[7] = seen[:, 7] = True
+        assert torch.equal(~result.isfinite(), seen)
+        assert torch.equal(result.isnan(), second_moment_ref(x).isnan())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_error_does_not_grow_with_the_rows(impl):
+    """2^17 rows with a mean: float32 totals would lose digits."""
+    torch.manual_seed(0)
+    x = torch.rand(1 << 17, 24)
+    truth = second_moment_ref(x)
+    error = (moment_of(x, impl=impl) - truth).norm() / truth.norm()
+    assert error < 3e-8
+
+
+def test_lowered_torch_precision_is_not_taken_over():
+    torch.manual_seed(0)
+    x = torch.randn(500, 64)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        check(x, "torch")
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_threads_agree():
+    torch.manual_seed(0)
+    x = torch.randn(3000, 33)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5, 64):
+            torch.set_num_threads(count)
+            check(x, "cpu")
+            assert torch.equal(moment_of(x, impl="cpu"), moment_of(x, impl="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+
+
+M = torch.zeros(3, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("impl", [None, "cpu", "torch", "cuda"])
+@pytest.mark.parametrize(
+    ("moment", "x", "error", "message"),
+    [
+        (M, torch.zeros(3), ValueError, r"x must be rows N x d or maps B x d x H x W, got shape \(3,\)"),
+        (M, torch.zeros(2, 3, 4), ValueError, r"x must be rows N x d or maps B x d x H x W, got shape \(2, 3, 4\)"),
+        (M, torch.zeros(4, 0), ValueError, r"x must have at least one channel, got shape \(4, 0\)"),
+        (M, torch.zeros(4, 2), ValueError, r"moment must be 2 x 2 for x of shape \(4, 2\), got \(3, 3\)"),
+        (M.float(), torch.zeros(4, 3), TypeError, r"moment must be float64, got float32"),
+        (
+            M,
+            torch.zeros(4, 3, dtype=torch.int64),
+            TypeError,
+            r"x must be float32, float16, bfloat16 or float64, got int64",
+        ),
+        (M, torch.zeros(4, 3, dtype=torch.complex64), TypeError, r"x must be float32, .* got complex64"),
+        (M, torch.zeros(4, 3, device="meta"), ValueError, r"moment and x must be on one device, got cpu and meta"),
+    ],
+)
+def test_refusals(moment, x, error, message, impl):
+    with pytest.raises(error, match=message):
+        second_moment_(moment, x, impl=impl)
+
+
+def test_more_refusals(monkeypatch):
+    x = torch.zeros(4, 3)
+    with pytest.raises(ValueError, match="precision must be 'fp32' or 'tf32', got 'fp16'"):
+        second_moment_(M, x, precision="fp16")
+    with pytest.raises(ValueError, match="impl must be None or one of 'cuda', 'cpu', 'torch', got 'CPU'"):
+        second_moment_(M, x, impl="CPU")
+    with pytest.raises(MissingKernelError, match="second_moment_: this release has no CUDA kernel for it"):
+        second_moment_(M, x, impl="cuda")
+    with pytest.raises(RuntimeError, match="second_moment_ adds in place and has no gradient"):
+        second_moment_(M, x.clone().requires_grad_())
+    monkeypatch.setattr(_library, "_load", lambda: (None, "the binary module is missing"))
+    with pytest.raises(MissingKernelError, match="second_moment_: the binary module is missing"):
+        second_moment_(M, x)
+
+
+def test_opcheck():
+    torch.manual_seed(0)
+    for x in (torch.randn(6, 3), torch.randn(2, 3, 4, 5)):
+        torch.library.opcheck(torch.ops.pyrewrite.second_moment_, (M.clone(), x, "fp32", None))
+        torch.library.opcheck(torch.ops.pyrewrite.second_moment, (x, "fp32", None))
+        leaf = x.double().requires_grad_()
+        torch.library.opcheck(torch.ops.pyrewrite.second_moment, (leaf, "fp32", "torch"))
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 2, 4)])
+def test_gradcheck(shape):
+    torch.manual_seed(0)
+    assert torch.autograd.gradcheck(second_moment, torch.randn(shape, dtype=torch.float64, requires_grad=True))
+
+
+def test_compile():
+    torch.manual_seed(0)
+
+    def twice(total, x):
+        second_moment_(total, x)
+        return second_moment(x) + total
+
+    x = torch.randn(20, 3)
+    eager, traced = M.clone(), M.clone()
+    expected = twice(eager, x)
+    torch.testing.assert_close(torch.compile(twice, fullgraph=True, backend="aot_eager")(traced, x), expected)
+    torch.testing.assert_close(traced, eager)
