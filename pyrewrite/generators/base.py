@@ -215,7 +215,7 @@ class Generator(nn.Module, abc.ABC):
             z = z[:, :, 0, 0]
         if z.ndim != 2 or z.shape[1] != self.z_dim or not z.is_floating_point():
             raise ValueError(f"latents are B x {self.z_dim} floating point numbers, got {tuple(z.shape)} of {z.dtype}")
-        return z.to(self.device, self.dtype)
+        return z.to(self.device, self.dtype).contiguous()
 
     # -- running -----------------------------------------------------
 
@@ -224,7 +224,7 @@ class Generator(nn.Module, abc.ABC):
         return self._render_from(0, *self._begin(self._checked_latents(z), render=True))
 
     def _step(self, index: int, x: Tensor, carry: Any) -> tuple[Tensor, Any]:
-        """From the input of one layer to that of the next; families override it where key and value need not be seen."""
+        """From the input of one layer to that of the next; overridden to be faster where possible."""
         key, style = self._key(index, x, carry)
         return self._advance(index, self._value(index, key, style), carry)
 
@@ -274,7 +274,12 @@ class Generator(nn.Module, abc.ABC):
         return Activation(key, self._captured_value(index, x, key, style), style, self._noise(index), carry)
 
     def _captured_value(self, index: int, x: Tensor, key: Tensor, style: Tensor | None) -> Tensor:
-        """The value map; families override it to round as `forward` does."""
+        """The value map, rounded as `forward` rounds it."""
+        if len(x) > 1 and self._one_by_one(index):
+            rows = [slice(b, b + 1) for b in range(len(x))]
+            styles = [None if style is None else style[row] for row in rows]
+            values = [self._captured_value(index, x[r], key[r], s) for r, s in zip(rows, styles, strict=True)]
+            return torch.cat(values)
         return self._value(index, key, style)
 
     def finish(self, layer: str | EditableLayer, activation: Activation, value: Tensor | None = None) -> Tensor:
@@ -316,19 +321,17 @@ class Generator(nn.Module, abc.ABC):
     def weights_hash(self) -> str:
         """sha256 (hex) over the names, shapes, types and bytes of all weights and buffers; another after every edit.
 
-        The result is kept until a tensor's version counter moves. An edit with copy_ or add_ moves it; one through
-        `.data` does not.
+        The result is kept while the version counters and the sums of all tensors stay what they were: an edit through
+        `.data` moves no counter.
         """
-        state = self.state_dict()
-        seen = tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in self._named_tensors())
+        named = [*self.named_parameters(), *self.named_buffers()]
+        sums = torch.stack([tensor.detach().sum(dtype=torch.float64) for _, tensor in named]).tolist()
+        seen = tuple((name, t.data_ptr(), t._version, total) for (name, t), total in zip(named, sums, strict=True))
         if self._hash is None or self._hash[0] != seen:
             digest = hashlib.sha256()
-            for name in sorted(state):
-                tensor = state[name].detach().cpu().contiguous()
+            for name, tensor in sorted(named, key=lambda pair: pair[0]):
+                tensor = tensor.detach().cpu().contiguous()
                 digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
                 digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
             self._hash = (seen, digest.hexdigest())
         return self._hash[1]
-
-    def _named_tensors(self) -> list[tuple[str, Tensor]]:
-        return [*self.named_parameters(), *self.named_buffers()]

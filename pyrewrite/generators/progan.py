@@ -103,9 +103,9 @@ class ProGAN(Generator):
     def _begin(self, z: Tensor, render: bool) -> tuple[Tensor, None]:
         return z[:, :, None, None], None
 
-    def _normalised(self, index: int, x: Tensor, scale: float = 1.0) -> Tensor:
+    def _normalised(self, index: int, x: Tensor) -> Tensor:
         """PixelNorm, and nearest up-sampling where the resolution doubles."""
-        x = x * (scale * torch.rsqrt(x.square().mean(1, keepdim=True) + EPSILON))
+        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPSILON)
         if index and index % 2 == 0:
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         return x.contiguous(memory_format=torch.channels_last)
@@ -115,20 +115,18 @@ class ProGAN(Generator):
 
     def _value(self, index: int, key: Tensor, style: None) -> Tensor:
         weight, padding = self._block(index).conv.weight, self._padding(index)
+        if self._one_by_one(index):
+            return F.conv2d(key, weight, padding=padding)
         return batch_independent(lambda x: F.conv2d(x, weight, padding=padding), key)
 
     def _advance(self, index: int, value: Tensor, carry: None) -> tuple[Tensor, None]:
         return F.leaky_relu(self._block(index).scaled(value), SLOPE), None
 
     def _step(self, index: int, x: Tensor, carry: None) -> tuple[Tensor, None]:
-        """Key, value and what follows, with the constant in the PixelNorm and the bias in the convolution."""
-        block, padding = self._block(index), self._padding(index)
-        x = self._normalised(index, x, block.scale)
-        if self._one_by_one(index):
-            x = F.conv2d(x, block.conv.weight, block.wscale.b, padding=padding)
-        else:
-            x = batch_independent(lambda x: F.conv2d(x, block.conv.weight, block.wscale.b, padding=padding), x)
-        return F.leaky_relu_(x, SLOPE), None
+        """Key, value and what follows, rounded alike, but in place once the convolution has made a new map."""
+        block = self._block(index)
+        x = self._value(index, self._normalised(index, x), None)
+        return F.leaky_relu_(x.mul_(block.scale).add_(block.wscale.b[:, None, None]), SLOPE), None
 
     def _image(self, x: Tensor, carry: None) -> Tensor:
         block = getattr(self, self._output_name)

@@ -101,7 +101,7 @@ class ToRGB(nn.Module):
         """x: B x I x H x W, skip: B x C x H/2 x W/2 or None -> B x C x H x W"""
         style = self.conv.modulation(w.double()).to(w.dtype) * self.conv.scale  # B x I
         matrix = self.conv.weight[0, :, :, 0, 0] * style[:, None]  # B x C x I
-        rgb = torch.bmm(matrix, x.flatten(2)).view(len(x), -1, *x.shape[2:]) + self.bias
+        rgb = torch.bmm(matrix, x.flatten(2)).unflatten(2, x.shape[2:]) + self.bias
         return rgb if skip is None else rgb + upsampled_by_two(skip, self.upsample.kernel)
 
 
@@ -248,14 +248,9 @@ class StyleGAN2(Generator):
         )
 
     def _captured_value(self, index: int, x: Tensor, key: Tensor, style: Tensor) -> Tensor:
-        if not self._one_by_one(index):
-            return self._value(index, key, style)
-        rows = [slice(b, b + 1) for b in range(len(x))]
-        return (
-            torch.cat([self._value_of_one(index, x[row], style[row]) for row in rows])
-            if rows
-            else self._value(index, key, style)
-        )
+        if len(x) == 1 and self._one_by_one(index):
+            return self._value_of_one(index, x, style)
+        return super()._captured_value(index, x, key, style)
 
     def _value_of_one(self, index: int, x: Tensor, style: Tensor) -> Tensor:
         """x: 1 x I x h x w, the layer's input, style: 1 x I -> the value, 1 x O x H x W.

@@ -40,8 +40,8 @@ def load_generator(
 
     Bundled are "peeps" (StyleGAN2, 128 x 128) and "peeps-progan" (Progressive GAN, 64 x 64).
 
-    Reads rosinality files ({g_ema, latent_avg} or the plain state dict), files of the official rewriting tool (also with
-    its sequential names) and Progressive GAN files (plain, {state_dict}, features.N). A file that has the name of a
+    Reads rosinality files ({g_ema, latent_avg} or the plain state dict), files of the official rewriting tool (with its
+    sequential names too) and Progressive GAN files (plain, {state_dict}, features.N). A file that has the name of a
     bundled generator wins over it.
 
     truncation  StyleGAN2 only; see Generator.truncation
@@ -88,6 +88,7 @@ def _family(weights: Weights) -> str:
         shown = ", ".join(list(weights.tensors)[:8])
         raise CheckpointMismatchError(
             f"{weights.origin} holds {len(weights.tensors)} tensors, but not those of a generator known here "
-            f"(StyleGAN2: conv1.conv.weight, convs.0.conv.weight, ...; Progressive GAN: layer1.conv.weight, ...). It holds {shown} ..."
+            f"(StyleGAN2: conv1.conv.weight, convs.0.conv.weight, ...; Progressive GAN: layer1.conv.weight, ...). "
+            f"It holds {shown} ..."
         )
     return best
