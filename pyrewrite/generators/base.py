@@ -316,6 +316,24 @@ class Generator(nn.Module, abc.ABC):
     def _batch_size(self) -> int:
         return 8 if self.device.type == "cpu" else 32
 
+    def unusual_picture(self, number: int = 0, seed: int = 1) -> str | None:
+        """Render one picture without clamping and say in words what is wrong with its values; None if nothing is.
+
+        For `info`: weights that load and still make no pictures, as after a conversion that went wrong.
+        """
+        with torch.no_grad():
+            z = self._checked_latents(self.latents([number], seed))
+            image = self._image(*self._input_of(len(self._layers), *self._begin(z, render=True)))
+        if not image.isfinite().all():
+            return f"image {number} holds values that are not finite"
+        outside = (image.abs() > 1.5).float().mean().item()  # trained generators overshoot a little at edges
+        if outside > 0.1:
+            low, high = image.min().item(), image.max().item()
+            return f"{outside:.0%} of image {number} lies outside [-1.5, 1.5] (from {low:.3g} to {high:.3g}), not in [-1, 1]"
+        if image.std() < 0.01:
+            return f"image {number} is one flat colour"
+        return None
+
     # -- identity ----------------------------------------------------
 
     def weights_hash(self) -> str:

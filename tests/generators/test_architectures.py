@@ -319,3 +319,18 @@ def test_conv_layer_computes_what_the_layer_does(small):
             y = y + view.bias[:, None, None]
         y = F.leaky_relu(y, view.negative_slope) * view.gain
         torch.testing.assert_close(y, captured.value, rtol=1e-4, atol=float(1e-5 * captured.value.abs().max()))
+
+
+def test_pictures_of_nonsense_are_reported(bundled):
+    assert bundled.unusual_picture() is None
+    generator = copy.deepcopy(bundled)
+    output = generator.to_rgbs[-1].conv if generator.family == "stylegan2" else generator.output_64x64.conv
+    with torch.no_grad():
+        kept = output.weight.clone()
+        output.weight.mul_(1000)
+        assert "outside" in generator.unusual_picture()
+        output.weight.copy_(kept).view(-1)[0] = float("nan")
+        assert "not finite" in generator.unusual_picture()
+        output.weight.zero_()
+        if generator.family == "progan":
+            assert "flat" in generator.unusual_picture()

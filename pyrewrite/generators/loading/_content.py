@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 from pyrewrite.errors import DamagedCheckpointError, NotACheckpointError
@@ -98,7 +99,7 @@ def _require_whole_archive(path: Path, size: int) -> None:
                 )
                 raise NotACheckpointError(f"{str(path)!r} is {kind} without a checkpoint in it; {_EXPECTED}")
             bad = _damaged_records(archive)
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as error:
         if isinstance(error, NotACheckpointError):
             raise
         raise DamagedCheckpointError(
@@ -108,7 +109,8 @@ def _require_whole_archive(path: Path, size: int) -> None:
     if bad and len(bad) < len(names):
         records = ", ".join(bad[:3]) + (" ..." if len(bad) > 3 else "")
         raise DamagedCheckpointError(
-            f"{str(path)!r} is damaged: {size} bytes, wrong checksums in {len(bad)} of {len(names)} records ({records})"
+            f"{str(path)!r} is damaged: {size} bytes, {len(bad)} of {len(names)} records unreadable or with a wrong "
+            f"checksum ({records})"
         )
 
 
@@ -119,7 +121,8 @@ def _damaged_records(archive: zipfile.ZipFile) -> list[str]:
             with archive.open(info) as record:
                 while record.read(1 << 20):
                     pass
-        except zipfile.BadZipFile:
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError, ValueError):
+            # A header that is not as torch writes it asks for a password, another compression, another place ...
             bad.append(f"{info.filename}, {info.file_size} bytes")
     return bad
 

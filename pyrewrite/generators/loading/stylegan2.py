@@ -122,12 +122,8 @@ def _take_mean(weights: Weights) -> Tensor | None:
 
 
 def _refuse_other_architectures(weights: Weights, convs: int) -> None:
-    outputs = {
-        name.rsplit(".conv.weight")[0]
-        for name in weights.tensors
-        if re.fullmatch(r"(to_rgb1|to_rgbs\.\d+)\.conv\.weight", name)
-    }
-    if len(outputs) == 1 and convs > 1 and f"to_rgbs.{convs // 2 - 1}" in outputs:
+    outputs = {match[0] for name in weights.tensors if (match := re.match(r"to_rgb1|to_rgbs\.\d+", name))}
+    if convs > 1 and outputs == {f"to_rgbs.{convs // 2 - 1}"}:
         raise CheckpointMismatchError(
             f"{weights.origin} is a StyleGAN2 without skip connections (colours in the last layer only): not supported"
         )
