@@ -302,10 +302,17 @@ def test_a_file_without_checksums_loads(save, state):
     same_weights(load_generator(path), state)
 
 
-NAMES = (
-    "conv1.conv.weight convs.1.activate.bias style.1.bias style.2.weight to_rgbs.0.bias input.input "
-    "convs.0.conv.blur.kernel to_rgbs.0.upsample.kernel to_rgb1.conv.weight"
-).split()
+NAMES = [
+    "conv1.conv.weight",
+    "convs.1.activate.bias",
+    "style.1.bias",
+    "style.2.weight",
+    "to_rgbs.0.bias",
+    "input.input",
+    "convs.0.conv.blur.kernel",
+    "to_rgbs.0.upsample.kernel",
+    "to_rgb1.conv.weight",
+]
 LARGER = ["convs.7.conv.weight", "style.9.weight", "noises.noise_5", "layer9.sconv.activate.bias", "to_rgbs.3.bias"]
 
 

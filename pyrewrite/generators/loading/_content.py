@@ -99,7 +99,7 @@ def _require_whole_archive(path: Path, size: int) -> None:
                 )
                 raise NotACheckpointError(f"{str(path)!r} is {kind} without a checkpoint in it; {_EXPECTED}")
             bad = _damaged_records(archive)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
         if isinstance(error, NotACheckpointError):
             raise
         raise DamagedCheckpointError(
@@ -121,7 +121,7 @@ def _damaged_records(archive: zipfile.ZipFile) -> list[str]:
             with archive.open(info) as record:
                 while record.read(1 << 20):
                     pass
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError, ValueError):
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError):
             # A header that is not as torch writes it asks for a password, another compression, another place ...
             bad.append(f"{info.filename}, {info.file_size} bytes")
     return bad
