@@ -15,7 +15,7 @@ BUNDLED = Path(__file__).parent.parent / "assets" / "peeps-attributes.pt"
 ATTRIBUTES = {"hat": 2, "glasses": 2, "beard": 2, "mood": 3}  # number of classes, in the order of the logits
 INPUT_SIZE = 64
 _WIDTHS = (24, 48, 64, 96, 96)
-_BATCH = 128
+_BATCH = 32
 
 
 class AttributeClassifier(nn.Module):
@@ -44,8 +44,9 @@ class AttributeClassifier(nn.Module):
         """images B x 3 x H x W in [-1, 1], H and W at least 64 -> logits B x 9 (hat 2, glasses 2, beard 2, mood 3)."""
         x = images.to(self.out.weight).clamp(-1, 1)
         x = F.adaptive_avg_pool2d(x, INPUT_SIZE)  # B x 3 x 64 x 64
+        x = x.contiguous(memory_format=torch.channels_last)  # half the time on a CPU
         for conv in self.convs:
-            x = F.max_pool2d(F.relu(conv(x)), 2)
+            x = F.relu_(F.max_pool2d(conv(x), 2))  # as pooling after the ReLU, on a quarter of the pixels
         return self.out(x.flatten(1))
 
     @torch.no_grad()

@@ -139,7 +139,7 @@ def test_report_counts_only_where_the_rule_applies():
         applies=applies,
         mask=torch.ones(4, 4),
         pasted=after,
-        alpha=torch.ones(5, 4, 4),
+        alpha=torch.ones(1, 4, 4),
         classifier=FixedClassifier(),
     )
     assert (report.images, report.applies, report.success) == (5, 4, 0.75)
@@ -153,6 +153,16 @@ def test_report_counts_only_where_the_rule_applies():
     record = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert record["rates_after"]["mood"]["-1"] == 0
     assert record["region"]["ratio"] == 0
+    shared = edit_report(
+        before,
+        after,
+        attribute="hat",
+        wanted=1,
+        applies=applies,
+        classifier=FixedClassifier(),
+        found_before=FixedClassifier().predict(before),
+    )
+    assert (shared.flips, shared.rates_before) == (report.flips, report.rates_before)
     everywhere = edit_report(before, after, attribute="hat", wanted=1, classifier=FixedClassifier())
     assert (everywhere.applies, everywhere.success, everywhere.untouched) == (5, 0.8, None)
     assert everywhere.as_dict()["change"] is None
