@@ -37,7 +37,7 @@ def solve_low_rank(
     """
     if not 0 <= ridge < float("inf"):
         raise ValueError(f"ridge: expected a finite number >= 0, got {ridge!r}")
-    problem = prepare(layer, direction, targets, penalty)
+    problem = prepare(layer, direction, targets, penalty, loop=False)
     residual, demod = linear_residual(problem)
     keys = problem.keys.double()  # K x N
     weighted = keys * problem.weight.double()

@@ -130,8 +130,13 @@ def prepare(
     direction: Tensor,
     targets: InsertionTarget | Sequence[InsertionTarget],
     penalty: Penalty | None = None,
+    *,
+    loop: bool = True,
 ) -> InsertionProblem:
-    """Compute what is constant in the loop. Arguments and errors as in `insert_low_rank`."""
+    """Compute what is constant in the loop. Arguments and errors as in `insert_low_rank`.
+
+    loop=False leaves out cross and gram, which only the loop needs.
+    """
     layer = check_layer(layer)
     direction = check_direction(layer, direction)
     targets = check_targets(layer, targets)
@@ -159,9 +164,10 @@ def prepare(
     if layer.demodulate:
         square = (torch.stack([target.style for target in targets]) * layer.scale).square()  # B x I
         energy = square @ weight.square().flatten(2).sum(2).t() + DEMODULATION_EPSILON  # B x O
+    if layer.demodulate and loop:
         modulated = (square[:, None, :] * direction).flatten(0, 1)  # (B r) x I
-        cross = torch.matmul(modulated, weight.flatten(2))  # O x (B r) x (kh kw)
-        cross = cross.unflatten(1, (len(targets), rank)).transpose(0, 1).flatten(2).contiguous()  # B x O x K
+        cross = modulated @ weight.transpose(0, 1).flatten(1)  # (B r) x (O kh kw)
+        cross = cross.reshape(len(targets), rank, o, -1).transpose(1, 2).flatten(2)  # B x O x K
         gram = (modulated @ direction.t()).unflatten(0, (len(targets), rank))  # B x r x r
 
     return InsertionProblem(
