@@ -13,7 +13,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# Handed on to CMake when set, so that `PYREWRITE_CUDA=OFF pip install .` and `cmake -DPYREWRITE_CUDA=OFF` mean the same.
+# Handed on to CMake when set, so that `PYREWRITE_CUDA=OFF pip install .` and `cmake -DPYREWRITE_CUDA=OFF` mean the
+# same.
 OPTIONS = ("PYREWRITE_CUDA", "PYREWRITE_CUDA_ARCHITECTURES", "PYREWRITE_CUDA_RUNTIME")
 BYTES_PER_JOB = 2 << 30  # a compiler of ours peaks well below this
 

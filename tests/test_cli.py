@@ -119,9 +119,8 @@ def test_removal(run, record, tmp_path):
     run("solve", "peeps-progan", record, "--out", tmp_path / "e.safetensors", "--erase", 4)
     run("solve", "peeps-progan", record, "--out", tmp_path / "z.safetensors", "--zero")
     assert LowRankPatch.load(tmp_path / "e.safetensors").settings["units"] == 4
-    assert run("solve", "peeps-progan", record, "--out", tmp_path / "x", fails=True) == (
-        "Error: field 'object' is missing: this record can be erased or zeroed, not inserted\n"
-    )
+    text = run("solve", "peeps-progan", record, "--out", tmp_path / "x", fails=True)
+    assert "Error: field 'object' is missing: this record can be erased or zeroed, not inserted" in text
     assert not (tmp_path / "x").exists()
 
 

@@ -1,7 +1,8 @@
-"""The backend: torch operators over the package's own kernels, each with its plain-torch reference (`<operator>_ref`) beside it.
+"""The backend: torch operators over the package's own kernels, each with its plain-torch reference (`<operator>_ref`)
+beside it.
 
-Each takes ``impl=None | "cuda" | "cpu" | "torch"``; pyrewrite.ops._library says what that means. They work on any torch tensors and
-need nothing else of this package.
+Each takes ``impl=None | "cuda" | "cpu" | "torch"``; pyrewrite.ops._library says what that means. They work on any
+torch tensors and need nothing else of this package.
 """
 
 from pyrewrite.ops._library import MissingKernelError

@@ -1,9 +1,10 @@
 """What every operator needs: the binary module or the reason why it is missing, and the choice between implementations.
 
-An operator takes ``impl=None | "cuda" | "cpu" | "torch"``. A named implementation is the one that runs, or an error says why it cannot.
-``None`` follows a fixed rule, which ``python -m pyrewrite`` prints: tensors on a CUDA device go to this package's CUDA kernel where this
-build holds one for the operator, tensors on the processor to its C++ kernel, and data types that these do not take, and other
-devices, to plain torch. A kernel that fails raises; nothing is tried in its place.
+An operator takes ``impl=None | "cuda" | "cpu" | "torch"``. A named implementation is the one that runs, or an error
+says why it cannot. ``None`` follows a fixed rule, which ``python -m pyrewrite`` prints: tensors on a CUDA device go
+to this package's CUDA kernel where this build holds one for the operator, tensors on the processor to its C++ kernel,
+and data types that these do not take, and other devices, to plain torch. A kernel that fails raises; nothing is tried
+in its place.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class Operator(NamedTuple):
-    """An operator's name, the data types its kernels take, and its functions in the binary module (None: no such kernel yet)."""
+    """An operator's name, the data types its kernels take, and its functions in the binary module (None: no such
+    kernel yet).
+    """
 
     name: str
     dtypes: tuple[torch.dtype, ...]
@@ -54,8 +57,8 @@ def _load() -> tuple[ModuleType | None, str]:
         from pyrewrite import _C
     except ImportError as error:
         return None, (
-            f"the binary module pyrewrite._C is missing or cannot be loaded ({error}). It is built by `pip install .` (or "
-            f"`pip install -e .`) in the source folder, with a C++17 compiler"
+            f"the binary module pyrewrite._C is missing or cannot be loaded ({error}). It is built by "
+            "`pip install .` (or `pip install -e .`) in the source folder, with a C++17 compiler"
         )
     if _C.version() != __version__:
         return None, (
@@ -80,7 +83,9 @@ def native(what: str = "this operator") -> Any:
 
 @functools.cache
 def cuda_report() -> dict[str, Any]:
-    """Driver, runtime and devices as the binary module sees them; `problem` says why no kernel can run, empty where one can."""
+    """Driver, runtime and devices as the binary module sees them; `problem` says why no kernel can run, empty where
+    one can.
+    """
     module, problem = _load()
     if module is None:
         return {"devices": [], "problem": problem}
@@ -125,7 +130,9 @@ def check_impl(impl: str | None) -> None:
 
 
 def resolve(name: str, impl: str | None, tensor: Tensor) -> str:
-    """The implementation of operator `name` for tensors like this one. Raises where the one that was asked for is not there."""
+    """The implementation of operator `name` for tensors like this one. Raises where the one that was asked for is not
+    there.
+    """
     check_impl(impl)
     operator = OPERATORS[name]
     takes = tensor.dtype in operator.dtypes
@@ -139,7 +146,8 @@ def resolve(name: str, impl: str | None, tensor: Tensor) -> str:
     if not takes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in operator.dtypes)
         raise TypeError(
-            f"{name}: impl={impl!r} takes {names}, got {str(tensor.dtype).removeprefix('torch.')} (impl='torch' takes it)"
+            f"{name}: impl={impl!r} takes {names}, got {str(tensor.dtype).removeprefix('torch.')} "
+            "(impl='torch' takes it)"
         )
     if impl == "cpu":
         if tensor.device.type != "cpu":
@@ -148,7 +156,8 @@ def resolve(name: str, impl: str | None, tensor: Tensor) -> str:
         return impl
     if operator.cuda is None:
         raise MissingKernelError(
-            f"{name}: this release has no CUDA kernel for it. On a CUDA device impl='torch' (or None) computes it with torch"
+            f"{name}: this release has no CUDA kernel for it. On a CUDA device impl='torch' (or None) computes it "
+            "with torch"
         )
     native(name)
     if tensor.device.type not in ("cuda", "cpu"):
@@ -171,8 +180,10 @@ def _has_cuda_kernel(operator: Operator) -> bool:
 
 
 def launch_place(tensor: Tensor) -> tuple[int, int, bool]:
-    """Device number, stream handle and whether to wait, for a CUDA kernel on `tensor`: torch's current stream, so that the kernel
-    takes its turn among torch's. Host memory that the device reads is used by the caller at once, so there the call waits."""
+    """Device number, stream handle and whether to wait, for a CUDA kernel on `tensor`: torch's current stream, so
+    that the kernel takes its turn among torch's. Host memory that the device reads is used by the caller at once, so
+    there the call waits.
+    """
     if tensor.device.type == "cuda":
         return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream, False
     return 0, 0, True

@@ -47,7 +47,7 @@ def solve_low_rank(
         q, matrix = problem.penalty
         mu = (q if demod is None else q / demod.square().mean(0)).double().mean()
         taps = torch.eye(problem.kernel[0] * problem.kernel[1], dtype=gram.dtype, device=gram.device)
-        gram = gram + mu * torch.kron(matrix.double(), taps)
+        gram = gram + mu * torch.kron(matrix.double().contiguous(), taps)
     shape = (len(residual), problem.rank, *problem.kernel)
     if not scale > 0:  # keys of zero: nothing acts on anything
         return residual.new_zeros(shape)

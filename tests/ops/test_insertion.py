@@ -1,0 +1,415 @@
+"""insert_low_rank: the reference against autograd on the whole weight, the kernel against float64 and torch in float32.
+
+The loss is L1, so its gradient is made of signs: where a value passes its goal, rounding decides, and trajectories of
+different rounding part by about lr. So states are compared over few steps, and over many the loss curve.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from insertion_support import autograd_low_rank, case, cast, full_weight, penalty_for
+
+from pyrewrite.errors import NonFiniteError
+from pyrewrite.ops import (
+    ConvLayer,
+    InsertionTarget,
+    MissingKernelError,
+    crop_key,
+    insert_low_rank,
+    insert_low_rank_ref,
+    insertion_loss,
+    key_size,
+    layer_values,
+)
+from pyrewrite.ops.insertion import prepare
+from pyrewrite.ops.insertion_geometry import conv_crop, unfold_keys, upsample_margins
+from pyrewrite.ops.insertion_kernel import insertion_steps_
+
+# -- geometry ----------------------------------------------------------------------------------------------------------
+
+
+def whole_map(layer: ConvLayer, key: torch.Tensor) -> torch.Tensor:
+    """scale * conv on the whole map, as StyleGAN2 and ProGAN compute it: key I x h x w -> O x H x W."""
+    if layer.blur is None:
+        return F.conv2d(key[None], layer.weight, padding=layer.padding)[0] * layer.scale
+    taps, kernel = layer.blur.shape[0], layer.weight.shape[2]
+    p = taps - 2 - (kernel - 1)
+    before, after = (p + 1) // 2 + 1, p // 2 + 1
+    x = F.pad(F.conv_transpose2d(key[None], layer.weight.transpose(0, 1), stride=2), (before, after, before, after))
+    weight = layer.blur.flip(0, 1)[None, None].expand(x.shape[1], 1, -1, -1)
+    return F.conv2d(x, weight, groups=x.shape[1])[0] * layer.scale
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("taps", [0, 2, 3, 4, 6])
+def test_every_crop_with_its_surroundings_equals_the_whole_map(taps, kernel):
+    torch.manual_seed(0)
+    layer, _, _ = case(o=3, i=2, kernel=(kernel, kernel), taps=taps)
+    paddings = [None] if taps else sorted({kernel // 3, kernel // 2, kernel - 1})
+    for padding in paddings:
+        layer = ConvLayer(layer.weight, layer.scale, blur=layer.blur, padding=padding)
+        key = torch.randn(2, 5, 4, dtype=torch.float64)
+        whole = whole_map(layer, key)
+        stride = 2 if taps else 1
+        assert whole.shape[1:] == ((10, 8) if taps else (5 + 2 * padding - kernel + 1, 4 + 2 * padding - kernel + 1))
+        h, w = whole.shape[1:]
+        for top in range(0, h, stride):
+            for bottom in range(top + stride, h + 1, stride):
+                for left in range(0, w, stride):
+                    right = min(left + 2 * stride, w)
+                    crop = crop_key(layer, key, (top, left, bottom, right))
+                    assert crop.shape[1:] == key_size(layer, bottom - top, right - left)
+                    values = conv_crop(layer, crop[None], layer.weight)
+                    assert torch.allclose(values[0], whole[:, top:bottom, left:right], atol=1e-12)
+                    unfolded = layer.weight.flatten(1) @ unfold_keys(layer, crop[None])[0]
+                    assert torch.allclose(unfolded, values[0].flatten(1), atol=1e-12)
+
+
+def test_margins_of_the_published_upsampling():
+    assert upsample_margins(taps=4, kernel_size=3) == (1, 1)
+
+
+@pytest.mark.parametrize("taps", [0, 4])
+def test_without_surroundings_the_crop_is_convolved_alone(taps):
+    layer, _, _ = case(taps=taps)
+    layer = ConvLayer(layer.weight, layer.scale, blur=layer.blur, padding=1)
+    key = torch.randn(5, 6, 6, dtype=torch.float64)
+    stride = 2 if taps else 1
+    alone = whole_map(layer, key[:, 1:4, 2:6])
+    box = (1 * stride, 2 * stride, 4 * stride, 6 * stride)
+    crop = crop_key(layer, key, box, surroundings=False)
+    assert torch.allclose(conv_crop(layer, crop[None], layer.weight)[0], alone, atol=1e-12)
+
+
+def test_a_crop_is_a_copy_and_its_box_is_checked():
+    layer, _, _ = case(taps=4)
+    key = torch.randn(5, 6, 6, dtype=torch.float64)
+    kept = key.clone()
+    crop_key(layer, key, (2, 2, 6, 6)).zero_()
+    assert torch.equal(key, kept)
+    for box, message in [
+        ((2, 2, 2, 4), "empty"),
+        ((1, 2, 4, 4), "even"),
+        ((0, 0, 14, 4), "leaves the value map of 12 x 12"),
+        ((-2, 0, 2, 4), "leaves"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            crop_key(layer, key, box)
+    with pytest.raises(ValueError, match="key: expected 5 x h x w"):
+        crop_key(layer, key[:4], (0, 0, 2, 2))
+
+
+# -- the reference against autograd ------------------------------------------------------------------------------------
+
+VARIANTS = [
+    {},
+    {"demodulate": True},
+    {"demodulate": True, "taps": 4},
+    {"taps": 3, "kernel": (5, 5)},
+    {"activate": False},
+    {"kernel": (1, 1), "rank": 5, "demodulate": True},
+    {"kernel": (3, 1), "rank": 1, "sizes": ((1, 1),)},
+    {"o": 1, "i": 1, "rank": 1, "sizes": ((1, 3), (5, 1))},
+]
+
+
+@pytest.mark.parametrize("with_penalty", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_reference_follows_autograd_on_the_whole_weight(variant, with_penalty):
+    layer, direction, targets = case(**variant)
+    penalty = penalty_for(len(layer.weight), len(direction)) if with_penalty else None
+    init = 0.1 * torch.randn(len(layer.weight), len(direction), *layer.weight.shape[2:], dtype=torch.float64)
+    truth, losses = autograd_low_rank(layer, direction, targets, 30, penalty=penalty, init=init)
+    result = insert_low_rank_ref(layer, direction, targets, steps=30, penalty=penalty, init=init)
+    assert torch.allclose(result.lambda_, truth, atol=1e-6)  # entries with a gradient near 0 are divided by eps
+    assert torch.allclose(result.losses, losses, atol=1e-9)
+    if penalty is not None:
+        x = truth.flatten(2)
+        value = (penalty[0] * (x * (penalty[1] @ x)).sum((1, 2))).mean()
+        assert result.penalty == pytest.approx(value.item(), rel=1e-4)
+
+
+def test_loss_is_the_mean_over_targets_of_the_weighted_mean():
+    layer, direction, targets = case(demodulate=True)
+    lambda_ = torch.randn(6, 2, 3, 3, dtype=torch.float64)
+    weight = full_weight(layer, direction, lambda_)
+    expected = []
+    for t in targets:
+        distance = (layer_values(layer, t, weight) - t.goal).abs().mean(0)
+        expected.append(
+            ((distance * t.weight).sum() / t.weight.sum() if t.weight is not None else distance.mean()).item()
+        )
+    assert insertion_loss(layer, direction, targets, lambda_) == pytest.approx(expected)
+    first = insert_low_rank(layer, direction, targets, steps=1, init=lambda_).losses[0]
+    assert first.item() == pytest.approx(sum(expected) / 3)
+
+
+# -- the kernel --------------------------------------------------------------------------------------------------------
+
+KERNEL_CASES = [
+    {"o": 6, "rank": 2, "i": 16},
+    {"o": 37, "rank": 3, "i": 16, "demodulate": True, "taps": 4},
+    {"o": 64, "rank": 7, "i": 16, "kernel": (1, 1), "demodulate": True},
+    {"o": 1, "rank": 1, "i": 16, "sizes": ((1, 1),)},
+    {"o": 20, "rank": 1, "i": 16, "kernel": (5, 5), "sizes": ((9, 13), (1, 1), (2, 3)), "demodulate": True},
+    {"o": 33, "rank": 13, "i": 16, "kernel": (3, 1), "sizes": ((20, 21),), "activate": False},
+    {"o": 129, "rank": 2, "i": 16, "kernel": (2, 2), "sizes": ((10, 12),) * 3},
+    {
+        "o": 17,
+        "rank": 16,
+        "i": 16,
+        "sizes": ((24, 24),),
+        "demodulate": True,
+    },  # keys larger than the kernel's small regime
+]
+
+
+def assert_close(result, truth, baseline, scale):
+    error = (result.double() - truth).abs().max().item()
+    assert error <= 2 * (baseline.double() - truth).abs().max().item() + scale
+
+
+@pytest.mark.parametrize("with_penalty", [False, True])
+@pytest.mark.parametrize("variant", KERNEL_CASES, ids=str)
+def test_kernel_is_as_near_to_float64_as_torch_in_float32(variant, with_penalty):
+    layer, direction, targets = case(**variant)
+    o, rank = len(layer.weight), len(direction)
+    penalty = penalty_for(o, rank) if with_penalty else None
+    init = 0.1 * torch.randn(o, rank, *layer.weight.shape[2:], dtype=torch.float64)
+    truth = insert_low_rank(layer, direction, targets, steps=5, penalty=penalty, init=init, lr=0.01)
+    single = cast(layer, direction, targets)
+    settings = {
+        "steps": 5,
+        "penalty": None if penalty is None else tuple(x.float() for x in penalty),
+        "init": init.float(),
+        "lr": 0.01,
+    }
+    baseline = insert_low_rank(*single, impl="torch", **settings)
+    result = insert_low_rank(*single, impl="cpu", **settings)
+    assert result.lambda_.dtype == torch.float32
+    # Adam divides by the gradient's size: entries whose gradient is rounding move by a part of lr.
+    assert_close(result.lambda_, truth.lambda_, baseline.lambda_, 2e-4)
+    assert (result.lambda_.double() - truth.lambda_).abs().median() <= 1e-6
+    assert_close(result.losses, truth.losses, baseline.losses, 1e-6)
+
+
+@pytest.mark.parametrize("steps", [301, 2001])
+@pytest.mark.parametrize("variant", [KERNEL_CASES[1], {"o": 24, "i": 16, "rank": 1, "sizes": ((6, 7),)}], ids=str)
+def test_loss_curve_over_many_steps(variant, steps):
+    layer, direction, targets = case(**variant)
+    truth = insert_low_rank(layer, direction, targets, steps=steps)
+    single = cast(layer, direction, targets)
+    result = insert_low_rank(*single, steps=steps, impl="cpu")
+    assert torch.allclose(result.losses, truth.losses, rtol=0.01)
+    assert result.losses[-1] < 0.98 * result.losses[0]
+    left = sum(insertion_loss(*single, result.lambda_)) / len(targets)
+    assert left == pytest.approx(truth.losses[-1].item(), rel=0.01)
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    arguments = operator_arguments(*cast(*case(o=70, i=16, rank=4, sizes=((9, 9), (6, 11)), demodulate=True)))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 16):
+            torch.set_num_threads(count)
+            results.append(kernel_steps(arguments, chunks=(40,)))
+    finally:
+        torch.set_num_threads(threads)
+    for lambda_, losses in results[1:]:
+        assert torch.equal(lambda_, results[0][0])
+        assert torch.equal(losses, results[0][1])
+
+
+def kernel_steps(arguments, chunks):
+    """The kernel alone from zero state, in chunks of so many steps: Lambda and losses."""
+    arguments = [torch.zeros_like(x) if n < 3 else x for n, x in enumerate(arguments)]
+    arguments[3] = torch.zeros(sum(chunks), dtype=torch.float64)
+    done = 0
+    for count in chunks:
+        arguments[19:21] = done, count
+        insertion_steps_(*arguments)
+        done += count
+    return arguments[0], arguments[3]
+
+
+def operator_arguments(layer, direction, targets, first=0, count=3):
+    p = prepare(layer, direction, targets)
+    state = [torch.zeros(len(p.base), len(p.keys)) for _ in range(3)]
+    problem = [p.base, p.keys, p.goal, p.noise, p.weight, p.bias, p.starts, p.energy, p.cross, p.gram, None, None]
+    settings = [p.rank, p.negative_slope, p.gain, first, count, 0.05, 0.9, 0.999, 1e-8]
+    return (*state, torch.zeros(count, dtype=torch.float64), *problem, *settings)
+
+
+def test_chunks_carry_the_state_exactly():
+    arguments = operator_arguments(*cast(*case(o=9, i=16, demodulate=True)))
+    whole, losses = kernel_steps(arguments, chunks=(12,))
+    parts, part_losses = kernel_steps(arguments, chunks=(1, 7, 0, 4))
+    assert torch.equal(whole, parts)
+    assert torch.equal(losses, part_losses)
+
+
+def test_layouts_and_requires_grad_do_not_matter():
+    layer, direction, targets = cast(*case(o=8, i=6, demodulate=True))
+    plain = insert_low_rank(layer, direction, targets, steps=4)
+    odd_layer = ConvLayer(
+        layer.weight.to(memory_format=torch.channels_last).requires_grad_(True), layer.scale, True, None,
+        torch.stack([layer.bias, layer.bias], 1)[:, 1], layer.negative_slope, layer.gain,
+    )  # fmt: skip
+    odd_targets = [
+        InsertionTarget(
+            F.pad(t.key, (1, 2))[:, :, 1:-2],
+            t.goal.transpose(1, 2).contiguous().transpose(1, 2),
+            t.style.repeat_interleave(2)[::2],
+            t.noise.t().contiguous().t(),
+            t.weight,
+        )
+        for t in targets
+    ]
+    odd_direction = direction.t().contiguous().t().requires_grad_(True)
+    result = insert_low_rank(odd_layer, odd_direction, odd_targets, steps=4)
+    assert torch.allclose(result.lambda_, plain.lambda_, atol=1e-5)
+    assert not result.lambda_.requires_grad
+
+
+def test_one_direction_and_one_target_need_no_wrapping():
+    layer, direction, targets = cast(*case(rank=1))
+    bare = insert_low_rank(layer, direction[0], targets[0], steps=3)
+    assert torch.equal(bare.lambda_, insert_low_rank(layer, direction, targets[:1], steps=3).lambda_)
+
+
+def test_keys_of_zero_change_nothing():
+    layer, direction, targets = cast(*case())
+    targets = [InsertionTarget(torch.zeros_like(t.key), t.goal, noise=t.noise) for t in targets]
+    assert not insert_low_rank(layer, direction, targets, steps=10).lambda_.any()
+
+
+# -- callback, errors --------------------------------------------------------------------------------------------------
+
+
+def test_callback_is_told_the_steps_and_its_error_leaves_everything_as_it_was():
+    layer, direction, targets = cast(*case(o=8))
+    seen = []
+    result = insert_low_rank(layer, direction, targets, steps=37, callback=lambda *told: seen.append(told))
+    assert seen[-1] == (37, result.losses[-1].item())
+    assert [step for step, _ in seen] == sorted({step for step, _ in seen})
+
+    init = torch.randn(8, 2, 3, 3)
+    tensors = [layer.weight, direction, init, *(t.key for t in targets), *(t.goal for t in targets)]
+    kept = [x.clone() for x in tensors]
+
+    def interrupt(step, loss):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        insert_low_rank(layer, direction, targets, init=init, callback=interrupt)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, kept, strict=True))
+
+
+def changed(target: InsertionTarget, **fields) -> InsertionTarget:
+    return InsertionTarget(**{**vars(target), **fields})
+
+
+def test_errors_name_the_argument():
+    layer, direction, targets = cast(*case(demodulate=True))
+    first = targets[0]
+    nan = float("nan")
+    for call, error, message in [
+        (lambda: insert_low_rank(layer, direction, []), ValueError, "targets is empty"),
+        (lambda: insert_low_rank(layer, direction, [first, None]), TypeError, r"targets\[1\]"),
+        (lambda: insert_low_rank(layer, direction[:0], targets), ValueError, "direction: expected r x 5, got 0x5"),
+        (lambda: insert_low_rank(layer, direction[:, :4], targets), ValueError, "direction"),
+        (lambda: insert_low_rank(layer, direction.double(), targets), TypeError, "direction: expected torch.float32"),
+        (lambda: insert_low_rank(layer, direction * nan, targets), NonFiniteError, "direction holds NaN"),
+        (lambda: insert_low_rank(layer, direction, targets, steps=0), ValueError, "steps"),
+        (lambda: insert_low_rank(layer, direction, targets, steps=-3), ValueError, "steps"),
+        (lambda: insert_low_rank(layer, direction, targets, steps=1.5), ValueError, "steps"),
+        (lambda: insert_low_rank(layer, direction, targets, lr=0), ValueError, "lr"),
+        (lambda: insert_low_rank(layer, direction, targets, lr=nan), ValueError, "lr"),
+        (lambda: insert_low_rank(layer, direction, targets, betas=(0.9, 1.0)), ValueError, "betas"),
+        (lambda: insert_low_rank(layer, direction, targets, eps=-1), ValueError, "eps"),
+        (lambda: insert_low_rank(layer, direction, targets, impl="gpu"), ValueError, "impl"),
+        (lambda: insert_low_rank(layer, direction, targets, impl="cuda"), MissingKernelError, "CUDA"),
+        (lambda: insert_low_rank(layer, direction, targets, init=torch.zeros(6, 3, 3, 3)), ValueError, "init"),
+        (lambda: insert_low_rank(layer, direction, targets, penalty=torch.ones(6)), TypeError, "penalty"),
+        (
+            lambda: insert_low_rank(layer, direction, targets, penalty=(torch.ones(6), torch.ones(3, 3))),
+            ValueError,
+            r"penalty\[1\]",
+        ),
+        (lambda: insert_low_rank(ConvLayer(layer.weight[0]), direction, targets), ValueError, "layer.weight"),
+        (lambda: insert_low_rank(ConvLayer(layer.weight.half()), direction, targets), TypeError, "layer.weight"),
+    ]:
+        with pytest.raises(error, match=message):
+            call()
+    for fields, error, message in [
+        ({"key": first.key[:, :-1]}, ValueError, r"targets\[1\].key: expected 5 x 6 x 8, got 5x5x8"),
+        ({"key": first.key * nan}, NonFiniteError, r"targets\[1\].key"),
+        ({"goal": first.goal[:3]}, ValueError, r"targets\[1\].goal"),
+        ({"goal": first.goal[:, :0]}, ValueError, r"targets\[1\].goal"),
+        ({"goal": first.goal.index_fill(0, torch.tensor(0), float("inf"))}, NonFiniteError, r"targets\[1\].goal"),
+        ({"style": None}, ValueError, r"targets\[1\].style"),
+        ({"noise": first.noise[0]}, ValueError, r"targets\[1\].noise"),
+        ({"weight": torch.zeros(4, 6)}, ValueError, r"targets\[1\].weight"),
+        ({"weight": -torch.ones(4, 6)}, ValueError, r"targets\[1\].weight"),
+    ]:
+        with pytest.raises(error, match=message):
+            insert_low_rank(layer, direction, [first, changed(first, **fields)])
+
+
+def test_large_finite_numbers_are_not_taken_for_infinite():
+    layer, direction, targets = cast(*case())
+    goal = torch.full_like(targets[0].goal, 3e38)  # their sum overflows
+    assert insert_low_rank(layer, direction, [changed(targets[0], goal=goal)], steps=1).lambda_.isfinite().all()
+
+
+def test_cpu_kernel_refuses_float64():
+    with pytest.raises(TypeError, match="float64"):
+        insert_low_rank(*case(), impl="cpu")
+
+
+def test_upsampling_crops_are_even():
+    layer, direction, targets = cast(*case(taps=4))
+    with pytest.raises(ValueError, match="even"):
+        insert_low_rank(layer, direction, changed(targets[0], goal=targets[0].goal[:, :3]))
+
+
+# -- the operator ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("demodulate", [False, True])
+def test_opcheck(demodulate):
+    arguments = operator_arguments(*cast(*case(demodulate=demodulate)))
+    torch.library.opcheck(insertion_steps_, arguments)
+
+
+def test_compiles_as_a_whole():
+    arguments = operator_arguments(*cast(*case()))
+
+    def doubled(lambda_, *rest):
+        insertion_steps_(lambda_, *rest)
+        return lambda_ * 2
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    mine = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+    assert torch.equal(compiled(*mine), doubled(*arguments))
+    assert torch.equal(mine[0], arguments[0])
+
+
+def test_operator_checks_what_it_is_given():
+    arguments = list(operator_arguments(*cast(*case())))
+    for index, value, error, message in [
+        (1, arguments[1][:, :3], ValueError, "exp_avg: expected shape"),
+        (3, arguments[3][:1], ValueError, "losses"),
+        (3, arguments[3].float(), TypeError, "losses"),
+        (5, arguments[5].double(), TypeError, "keys: expected float32"),
+        (10, [0, 5], ValueError, "starts"),
+        (10, [0, 0, 32, 56], ValueError, "target 0 is empty"),
+        (16, 5, ValueError, "rank"),
+        (11, torch.zeros(3, 6), ValueError, "energy, cross and gram"),
+        (0, arguments[0].t().contiguous().t(), ValueError, "contiguous"),
+    ]:
+        with pytest.raises(error, match=message):
+            insertion_steps_(*arguments[:index], value, *arguments[index + 1 :])
