@@ -1,0 +1,42 @@
+"""`python -m pyrewrite`: what was built, what this machine offers, and which implementation each op takes."""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+from ._version import __version__
+
+
+def main() -> None:
+    """Print the diagnosis. It works without the binary module, and then says why that is missing."""
+    print(f"pyrewrite {__version__}, Python {platform.python_version()}, {platform.machine()}")
+    try:
+        import torch
+    except ImportError as error:
+        print(f"torch is missing or cannot be loaded ({error}); pip install 'torch>=2.10'")
+        sys.exit(1)
+    from .ops._library import OPERATORS, MissingKernelError, cuda_report, native
+
+    print(f"torch {torch.__version__}, CUDA in torch: {torch.version.cuda or 'none'}")
+    try:
+        module = native("pyrewrite")
+    except MissingKernelError as error:
+        print(error)
+    else:
+        built = ", ".join(f"{name} {value}" for name, value in module.build_info().items())
+        print(f"pyrewrite._C {module.version()}: {built}")
+        print(f"processor kernels: {module.cpu_isa()}")
+    report = cuda_report()
+    if report["problem"]:
+        print(f"CUDA kernels cannot run: {report['problem']}")
+    for device in report["devices"]:
+        print(f"CUDA device: {device}")
+    for operator in OPERATORS.values():
+        on_cuda = "CUDA kernel" if operator.cuda and report["devices"] else "torch"
+        on_cpu = "C++ kernel" if operator.cpu else "torch"
+        print(f"{operator.name}: on the processor {on_cpu}, on a GPU {on_cuda}")
+
+
+if __name__ == "__main__":
+    main()
