@@ -32,7 +32,7 @@ def test_diagnosis():
 
 
 def test_diagnosis_without_the_binary():
-    code = "import sys; sys.modules['pyrewrite._C'] = None; import runpy; runpy.run_module('pyrewrite', run_name='__main__')"
+    code = "import sys, runpy; sys.modules['pyrewrite._C'] = None; runpy.run_module('pyrewrite', run_name='__main__')"
     out = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert "the binary module pyrewrite._C is missing" in out.stdout
