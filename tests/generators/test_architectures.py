@@ -105,7 +105,8 @@ def test_progan_of_any_size(tmp_path, shape):
     images, keys, values = reference.progan(reference.double(state), z.double())
     wide = copy.deepcopy(generator).double()
     with torch.no_grad():
-        torch.testing.assert_close(generator(z), images.float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(wide(z), images, rtol=0, atol=1e-10)
+        torch.testing.assert_close(generator(z), images.float(), rtol=1e-4, atol=1e-4)  # float32 rounding, any weights
         for name in generator.layers:
             captured = wide.capture(name, z[:, :, None, None])
             torch.testing.assert_close(captured.key, keys[name], rtol=1e-10, atol=1e-10)
