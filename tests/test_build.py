@@ -1,6 +1,6 @@
 """The binary module: of this release, without torch in it, and explained by `python -m pyrewrite`.
 
-Every process runs in an empty folder: beside the sources, `-c` and `-m` would import those instead of what is installed.
+Every process runs in an empty folder: beside the sources, `-c` and `-m` would import those, not what is installed.
 """
 
 from __future__ import annotations
