@@ -29,7 +29,10 @@ CudaReport cuda_report() {
     properties.multiprocessors = found.multiProcessorCount;
     properties.memory = found.totalGlobalMem;
     properties.shared_memory = static_cast<int>(found.sharedMemPerBlockOptin);
-    properties.reads_host_memory = found.pageableMemoryAccess != 0;
+    int pageable = 0;
+    if (cudaDeviceGetAttribute(&pageable, cudaDevAttrPageableMemoryAccess, device) != cudaSuccess)
+      (void)cudaGetLastError();
+    properties.reads_host_memory = pageable != 0;
     report.devices.push_back(properties);
   }
   return report;
