@@ -144,6 +144,7 @@ class _Stage:
     truth: dict[str, Tensor]
     classifier: AttributeClassifier
     images: dict[int, Tensor] = field(default_factory=dict)
+    attributes: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     statistics: dict[tuple[str, int], Any] = field(default_factory=dict)
 
     @classmethod
@@ -161,11 +162,19 @@ class _Stage:
         return sorted(sorted(fitting, key=lambda n: (n not in self.images, n))[:count])
 
     def before(self, numbers: list[int]) -> Tensor:
-        """The images without any patch, B x 3 x H x W; rendered once."""
+        """The images without any patch, B x 3 x H x W; rendered and classified once."""
         missing = [n for n in numbers if n not in self.images]
         if missing:
-            self.images.update(zip(missing, self.generator.images(missing), strict=True))
+            images = self.generator.images(missing)
+            found = self.classifier.predict(images)
+            self.images.update(zip(missing, images, strict=True))
+            self.attributes.update({n: {a: v[i] for a, v in found.items()} for i, n in enumerate(missing)})
         return torch.stack([self.images[n] for n in numbers])
+
+    def found_before(self, numbers: list[int]) -> dict[str, Tensor]:
+        """What the classifier says of `before(numbers)`: B each."""
+        found = [self.attributes[n] for n in numbers]
+        return {name: torch.stack([f[name] for f in found]) for name in found[0]}
 
     def rewriter(self, record: Edit) -> Rewriter:
         settings = record.resolve()
@@ -192,7 +201,8 @@ def _run_edit(
     numbers = stage.numbers(demo, used, count)
     clock = time.perf_counter()
     before = stage.before(numbers)
-    pasted, alpha = rewriter.pasted(record, numbers)
+    activations = rewriter.activations(numbers)
+    pasted, alpha = rewriter.pasted(record, activations)
     render_seconds = time.perf_counter() - clock
     record.save(out / f"{demo.name}.json")
     rows, captions, entries = [before], ["before"], []
@@ -202,11 +212,10 @@ def _run_edit(
         patch = rewriter.solve(record, preset, method=preset and "low_rank")
         solve_seconds = time.perf_counter() - clock
         clock = time.perf_counter()
-        with patch.applied(stage.generator):
-            after = stage.generator.images(numbers)
+        after = rewriter.rendered(activations, patch)
         shown_seconds = time.perf_counter() - clock
         clock = time.perf_counter()
-        entry = _judge(demo, stage, before, after, pasted, alpha)
+        entry = _judge(demo, stage, numbers, after, pasted, alpha)
         entry["preset"] = preset or "default"
         entry["seconds"] = {
             "statistics": statistics_seconds,
@@ -231,10 +240,10 @@ def _run_edit(
 
 
 def _judge(
-    demo: DemoEdit, stage: _Stage, before: Tensor, after: Tensor, pasted: Tensor, alpha: Tensor
+    demo: DemoEdit, stage: _Stage, numbers: list[int], after: Tensor, pasted: Tensor, alpha: Tensor
 ) -> dict[str, Any]:
     report = edit_report(
-        before,
+        stage.before(numbers),
         after,
         attribute=demo.attribute,
         wanted=demo.wanted,
@@ -242,6 +251,7 @@ def _judge(
         pasted=pasted,
         alpha=alpha,
         classifier=stage.classifier,
+        found_before=stage.found_before(numbers),
     ).as_dict()
     flips = report["flips"]
     return {

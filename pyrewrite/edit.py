@@ -42,6 +42,8 @@ class Settings:
     preserve: weight mu of the penalty on the expected change over all keys.
     shrinkage: a in C + a mean(eigenvalue) I before whitening.
     weighting: "box" weighs all pixels of the pasted box alike, "alpha" weighs them by the object's mask.
+    margin: pixels of the value map around the pasted box that belong to the goal too, as the picture has them: the
+        edit learns where to stop. They weigh as much as the object.
     crop: "surroundings" convolves the crop with the keys around it, "alone" with zeros around it (as published).
     warm_start: begin the loop at the closed form instead of zero ("low_rank" only).
     steps, lr, project_every: the optimisation loop.
@@ -55,6 +57,7 @@ class Settings:
     preserve: float = 0.1
     shrinkage: float = 0.3
     weighting: str = "box"
+    margin: int = 0
     crop: str = "surroundings"
     warm_start: bool = True
     steps: int = 301
@@ -90,7 +93,7 @@ class Settings:
 
 
 _CHOICES = {"method": METHODS, "key_method": KEY_METHODS, "targets": TARGETS, "weighting": WEIGHTINGS, "crop": CROPS}
-_INTEGERS = {"rank": 1, "steps": 1, "project_every": 1, "samples": 1, "seed": 0}
+_INTEGERS = {"rank": 1, "steps": 1, "project_every": 1, "samples": 1, "seed": 0, "margin": 0}
 _NUMBERS = {"preserve": 0, "shrinkage": 0, "lr": None, "truncation": 0}  # None: must be above zero
 SETTING_NAMES = tuple(f.name for f in dataclasses.fields(Settings))
 
@@ -103,6 +106,7 @@ OFFICIAL = {
     "preserve": 0.0,
     "shrinkage": 0.0,
     "weighting": "box",
+    "margin": 0,
     "crop": "alone",
     "warm_start": False,
     "steps": 2001,

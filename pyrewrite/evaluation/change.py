@@ -54,16 +54,18 @@ def image_change(before: Tensor, after: Tensor, mask: Tensor) -> ImageChange:
     weight = _weights(mask, before)  # B x 1 x H x W
     difference = before - after
     absolute, square = difference.abs().mean(1, keepdim=True), difference.square().mean(1, keepdim=True)
-    similarity = ssim_map(before.float(), after.float()).double()
+    maps = torch.cat([absolute, square, ssim_map(before, after)], 1)  # B x 3 x H x W
+    area, everywhere = float(weight.sum(dtype=torch.float64)), weight.numel()
+    inside = (maps * weight).sum((0, 2, 3), dtype=torch.float64)  # 3
+    outside = (maps * (1 - weight)).sum((0, 2, 3), dtype=torch.float64)
 
-    def region(weight: Tensor) -> RegionChange | None:
-        area = weight.sum()
-        if area == 0:
+    def region(sums: Tensor, area: float) -> RegionChange | None:
+        if area <= 0:
             return None
-        l1, mse, ssim = (float((values * weight).sum() / area) for values in (absolute, square, similarity))
+        l1, mse, ssim = (sums / area).tolist()
         return RegionChange(l1, 10 * math.log10(_RANGE**2 / mse) if mse > 0 else math.inf, ssim)
 
-    return ImageChange(region(weight), region(1 - weight))
+    return ImageChange(region(inside, area), region(outside, everywhere - area))
 
 
 def ssim_map(a: Tensor, b: Tensor) -> Tensor:
@@ -128,13 +130,13 @@ def region_distance(edited: Tensor, pasted: Tensor, before: Tensor, alpha: Tenso
     edited, pasted = _pictures(edited, pasted)
     before, _ = _pictures(before, pasted)
     weight = _weights(alpha, edited)  # B x 1 x H x W
-    area = weight.flatten(1).sum(1)  # B
+    area = weight.flatten(1).sum(1, dtype=torch.float64)  # B
     empty = (area == 0).nonzero()[:, 0].tolist()
     if empty:
         raise ValueError(f"the object's area is empty in picture{'s' * (len(empty) > 1)} {empty} of the batch")
 
     def distance(a: Tensor) -> Tensor:
-        return ((a - pasted).abs().mean(1, keepdim=True) * weight).flatten(1).sum(1) / area
+        return ((a - pasted).abs().mean(1, keepdim=True) * weight).flatten(1).sum(1, dtype=torch.float64) / area
 
     return RegionDistance(distance(edited), distance(before))
 
@@ -244,19 +246,20 @@ def edit_report(
 
 
 def _pictures(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two batches of pictures that can be compared: the same shape, no NaN; float64, clamped."""
+    """Two batches of pictures that can be compared: the same shape, no NaN; clamped, float32 (float64 if either is)."""
     if a.ndim != 4 or a.shape != b.shape or a.numel() == 0:
         raise ValueError(f"expected two batches of the same B x C x H x W, got {tuple(a.shape)} and {tuple(b.shape)}")
     if not (a.is_floating_point() and b.is_floating_point()):
         raise TypeError(f"expected floating-point pictures in [-1, 1], got {a.dtype} and {b.dtype}")
     if torch.isnan(a).any() or torch.isnan(b).any():
         raise NonFiniteError("the pictures hold NaN")
-    return a.detach().double().clamp(-1, 1), b.detach().double().clamp(-1, 1)
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return a.detach().to(wide).clamp(-1, 1), b.detach().to(wide).clamp(-1, 1)
 
 
 def _weights(mask: Tensor, pictures: Tensor) -> Tensor:
-    """A mask as weights in [0, 1]: B x 1 x H x W float64."""
-    weight = mask.detach().to(pictures.device, torch.float64)
+    """A mask as weights in [0, 1]: B x 1 x H x W of the pictures' type."""
+    weight = mask.detach().to(pictures)
     weight = weight[None, None] if weight.ndim == 2 else weight[:, None] if weight.ndim == 3 else weight
     b, _, h, w = pictures.shape
     if weight.ndim != 4 or weight.shape[0] not in (1, b) or tuple(weight.shape[1:]) != (1, h, w):

@@ -285,6 +285,10 @@ class Generator(nn.Module, abc.ABC):
             return torch.cat(values)
         return self._value(index, key, style)
 
+    def value(self, layer: str | EditableLayer, activation: Activation) -> Tensor:
+        """The layer's value (B x O x H x W) from the captured key, with the layer's weights as they are now."""
+        return self._value(self._index(layer), activation.key, activation.style)
+
     def finish(self, layer: str | EditableLayer, activation: Activation, value: Tensor | None = None) -> Tensor:
         """Images (B x 3 x H x W in [-1, 1]) that follow from the layer's value (B x O x H x W; None: as captured).
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..edit import Edit, Selection, Settings
 from ..errors import EditError
-from ..generators import Generator
+from ..generators import Activation, Generator
 from ..ops import demodulation, insert_low_rank, insert_projected, solve_low_rank
 from ..statistics import LayerStatistics, SecondMoment, collect, top_images
 from .keys import context_directions, unusual_units
@@ -19,6 +19,7 @@ from .patch import LayerUpdate, LowRankPatch
 from .report import CHANGED, Report
 from .selection import Box, bounding_box, decode_mask, islands, mask_on_map
 from .targets import (
+    CAPTURE_BATCH,
     Captured,
     Placed,
     capture,
@@ -231,27 +232,49 @@ class Rewriter:
         direction = self.directions(edit, edit.resolve(rank=1, key_method="zca"))[0]  # I
         return top_images(self.generator, self.layer, direction, samples=samples or self.samples, seed=self.seed, k=k)
 
-    def pasted(self, edit: Edit, numbers: Iterable[int], mask: str | None = None) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def activations(self, numbers: Iterable[int]) -> list[Activation]:
+        """Keys and values of numbered images at the layer, in batches, for `pasted` and `rendered`: what comes before
+        the layer runs once for all of them.
+        """
+        numbers = list(numbers)
+        batches = (numbers[first : first + CAPTURE_BATCH] for first in range(0, len(numbers), CAPTURE_BATCH))
+        return [self.generator.capture(self.layer, self.generator.latents(batch, self.seed)) for batch in batches]
+
+    @torch.no_grad()
+    def rendered(self, activations: Iterable[Activation], patch: LowRankPatch) -> Tensor:
+        """The images of `activations` as a patch of this layer makes them, B x 3 x H x W; the generator is left as it
+        was. ValueError for a patch that changes another layer.
+        """
+        if {update.layer for update in patch.updates} != {self.layer}:
+            names = ", ".join(sorted({update.layer for update in patch.updates}))
+            raise ValueError(f"the patch changes {names}; expected one of {self.layer}")
+        g = self.generator
+        with patch.applied(g):
+            return torch.cat([g.finish(self.layer, a, g.value(self.layer, a)) for a in activations])
+
+    @torch.no_grad()
+    def pasted(
+        self, edit: Edit, numbers: Iterable[int] | Sequence[Activation], mask: str | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The numbered images with the object pasted into their values, before any rule is changed.
 
-        mask: where, a data URL (default: the paste's mask, or the first context mask). Returns images
-        B x 3 x H x W and the object's alpha on the image, H x W in [0, 1].
+        numbers: image numbers, or their `activations`. mask: where, a data URL (default: the paste's mask, or the
+        first context mask). Returns images B x 3 x H x W and the object's alpha on the image, H x W in [0, 1].
         """
         where = mask or (edit.paste or self._context(edit)[0]).mask
-        numbers = list(numbers)
+        given = list(numbers)
+        batches = given if given and isinstance(given[0], Activation) else self.activations(given)
         source = capture(self.generator, self.layer, [_required(edit.object, "object").image], self.seed)
         thing = cut_object(source, edit.object, self._image_size)
         images = []
         alpha = torch.zeros(source.value_size)  # H x W of the value map
-        for first in range(0, len(numbers), 8):
-            with torch.no_grad():
-                z = self.generator.latents(numbers[first : first + 8], self.seed)
-                activation = self.generator.capture(self.layer, z)
-                value = activation.value.clone()  # B x O x H x W
-                for i in range(len(value)):
-                    value[i], box = paste_values(value[i], thing, Selection(0, where), self._image_size, "paste mask")
-                images.append(self.generator.finish(self.layer, activation, value))
-        if numbers:
+        for activation in batches:
+            value = activation.value.clone()  # B x O x H x W
+            for i in range(len(value)):
+                value[i], box = paste_values(value[i], thing, Selection(0, where), self._image_size, "paste mask")
+            images.append(self.generator.finish(self.layer, activation, value))
+        if images:
             alpha[box.slices()] = thing.alpha.cpu()
         shown = torch.nn.functional.interpolate(
             alpha[None, None], self._image_size, mode="bilinear", align_corners=False
@@ -314,6 +337,7 @@ class Rewriter:
                 thing,
                 self._image_size,
                 weighting=settings.weighting,
+                margin=settings.margin,
                 surroundings=settings.crop == "surroundings",
                 what=what,
             )

@@ -113,6 +113,16 @@ def align(box: Box, stride: int) -> Box:
     )
 
 
+def grow(box: Box, margin: int, size: tuple[int, int]) -> Box:
+    """The box with `margin` more pixels on every side, as far as the map of `size` reaches."""
+    return Box(
+        max(0, box.top - margin),
+        max(0, box.left - margin),
+        min(size[0], box.bottom + margin),
+        min(size[1], box.right + margin),
+    )
+
+
 def islands(area: Tensor) -> list[int]:
     """The sizes in pixels of the 4-connected regions of area > 0 (H x W), largest first."""
     todo = {(int(y), int(x)) for y, x in (area > 0).nonzero()}

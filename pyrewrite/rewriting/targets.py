@@ -12,7 +12,7 @@ from ..edit import Selection
 from ..errors import EditError, NonFiniteError
 from ..generators import Activation, Generator
 from ..ops import ConvLayer, InsertionTarget, crop_key, layer_values
-from .selection import Box, align, bounding_box, mask_on_map, place
+from .selection import Box, align, bounding_box, grow, mask_on_map, place
 
 CAPTURE_BATCH = 8
 
@@ -102,16 +102,21 @@ def paste_target(
     image_size: tuple[int, int],
     *,
     weighting: str,
+    margin: int,
     surroundings: bool,
     what: str,
 ) -> Placed:
-    """The insertion target for one image: the object at the centre of its mask."""
+    """The insertion target for one image: the object at the centre of its mask, with `margin` unchanged pixels around
+    its box.
+    """
     goal, box = paste_values(captured.value[captured.index[selection.image]], thing, selection, image_size, what)
+    crop = grow(box, margin, captured.value_size)
     weight = None
     if weighting == "alpha":
         weight = torch.zeros(captured.value_size, device=goal.device)  # H x W
+        weight[crop.slices()] = 1  # the margin
         weight[box.slices()] = thing.alpha
-    return make_target(conv, captured, selection.image, goal, box, weight=weight, surroundings=surroundings)
+    return make_target(conv, captured, selection.image, goal, crop, weight=weight, surroundings=surroundings)
 
 
 def make_target(

@@ -13,7 +13,7 @@ from support import bits, mask_url, same_bits
 from pyrewrite import Edit, EditWarning, Rewriter, Selection
 from pyrewrite.errors import EditError, NonFiniteError, UnknownLayerError
 from pyrewrite.rewriting import encode_mask
-from pyrewrite.rewriting.selection import mask_on_map
+from pyrewrite.rewriting.selection import bounding_box, grow, mask_on_map
 from pyrewrite.rewriting.targets import capture
 
 QUICK = {"rank": 3, "steps": 31, "shrinkage": 0.3}
@@ -86,6 +86,51 @@ def test_targets_and_weighting(rewriters, edit, weighting, targets):
     report = rw.solve(edit(128), **QUICK, weighting=weighting, targets=targets).report
     assert [t["image"] for t in report.targets] == ([1] if targets == "paste" else [1, 2, 3])
     assert report.loss_after < report.loss_before
+
+
+@pytest.mark.parametrize("weighting", ["box", "alpha"])
+def test_a_margin_keeps_what_is_around_the_object(rewriters, edit, weighting):
+    rw = rewriters("peeps", "layer4")
+    record = edit(128)
+    images = [s.image for s in record.context]
+    before = capture(rw.generator, "layer4", images, 1).value
+    box = bounding_box(mask_on_map(record.paste.mask, before.shape[2:], (128, 128)))
+    around = torch.zeros(before.shape[2:], dtype=torch.bool)
+    around[grow(box, 2, before.shape[2:]).slices()] = True
+    around[box.slices()] = False
+    changes = {}
+    for margin in (0, 2):
+        patch = rw.solve(record, **{**QUICK, "steps": 101}, weighting=weighting, margin=margin)
+        with patch.applied(rw.generator):
+            after = capture(rw.generator, "layer4", images, 1).value
+        changes[margin] = (after - before)[:, :, around].abs().mean().item()
+    assert changes[2] < 0.8 * changes[0]
+    # the pixels of the margin are part of the goal, as they are
+    (target, *_) = rw._targets(capture(rw.generator, "layer4", range(4), 1), record, record.resolve(margin=2))
+    assert target.crop == grow(box, 2, before.shape[2:])
+    assert record.resolve("official").margin == 0
+
+
+def test_images_from_kept_activations(rewriters, edit):
+    """What runs before the layer once for all: the same images as from the beginning, to rounding."""
+    for name, layer in (("peeps", "layer5"), ("peeps", "layer8"), ("peeps-progan", "layer4")):
+        rw = rewriters(name, layer)
+        record = edit(rw.generator.image_size)
+        kept = bits(rw.generator)
+        patch = rw.zero(record, rank=2)
+        numbers = [3, 0, 11, 5, 6, 7, 8, 9, 10]
+        activations = rw.activations(numbers)
+        images = rw.rendered(activations, patch)
+        assert same_bits(rw.generator, kept)
+        with patch.applied(rw.generator):
+            assert torch.allclose(images, rw.generator.images(numbers), atol=2e-5)
+        by_number, alpha = rw.pasted(record, numbers)
+        again, same_alpha = rw.pasted(record, activations)
+        assert torch.equal(by_number, again)
+        assert torch.equal(alpha, same_alpha)
+    other = rewriters("peeps", "layer4").zero(edit(128))
+    with pytest.raises(ValueError, match="the patch changes layer4; expected one of layer5"):
+        rewriters("peeps", "layer5").rendered([], other)
 
 
 def test_a_warm_start_begins_where_the_closed_form_ends(rewriters, edit):

@@ -17,6 +17,7 @@ from pyrewrite.rewriting.selection import (
     bounding_box,
     decode_mask,
     encode_mask,
+    grow,
     islands,
     mask_on_map,
     place,
@@ -118,6 +119,12 @@ def test_place_is_the_official_rule(center, size):
     assert (box.height, box.width) == size
     assert min(box) >= 0
     assert max(box) <= 16
+
+
+def test_grow():
+    assert grow(Box(3, 4, 7, 8), 2, (16, 16)) == Box(1, 2, 9, 10)
+    assert grow(Box(1, 4, 7, 8), 9, (16, 12)) == Box(0, 0, 16, 12)  # as far as the map reaches
+    assert grow(Box(3, 4, 7, 8), 0, (16, 16)) == Box(3, 4, 7, 8)
 
 
 def test_align():
