@@ -125,16 +125,27 @@ def grow(box: Box, margin: int, size: tuple[int, int]) -> Box:
 
 def islands(area: Tensor) -> list[int]:
     """The sizes in pixels of the 4-connected regions of area > 0 (H x W), largest first."""
-    todo = {(int(y), int(x)) for y, x in (area > 0).nonzero()}
-    sizes = []
-    while todo:
-        stack, size = [todo.pop()], 0
-        while stack:
-            y, x = stack.pop()
-            size += 1
-            for near in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
-                if near in todo:
-                    todo.remove(near)
-                    stack.append(near)
-        sizes.append(size)
-    return sorted(sizes, reverse=True)
+    parent: list[int] = []  # of a run's region; a root is its own parent
+    sizes: list[int] = []
+
+    def root(run: int) -> int:
+        while parent[run] != run:
+            parent[run] = parent[parent[run]]
+            run = parent[run]
+        return run
+
+    above: list[tuple[int, int, int]] = []  # runs of painted pixels in the row above: start, end, number
+    for row in np.asarray((area > 0).cpu(), dtype=np.int8):
+        edges = np.diff(row, prepend=0, append=0)
+        runs = []
+        for start, end in zip((edges == 1).nonzero()[0].tolist(), (edges == -1).nonzero()[0].tolist(), strict=True):
+            run = len(parent)
+            parent.append(run)
+            sizes.append(end - start)
+            for other_start, other_end, other in above:
+                if other_start < end and start < other_end and (found := root(other)) != root(run):
+                    sizes[root(run)] += sizes[found]
+                    parent[found] = root(run)
+            runs.append((start, end, run))
+        above = runs
+    return sorted((size for run, size in enumerate(sizes) if parent[run] == run), reverse=True)

@@ -139,3 +139,23 @@ def test_islands_are_counted():
     area[7, 7] = 0.5
     area[6, 6] = 0.5  # diagonal neighbours are separate
     assert islands(area) == [9, 1, 1]
+    assert islands(torch.ones(5, 1)) == [5]
+    assert islands(torch.zeros(0, 4)) == []
+
+
+def test_islands_of_any_shape():
+    """Against filling from every pixel, on masks whose regions meet again further down."""
+    for seed in range(20):
+        area = torch.rand(13, 17, generator=torch.Generator().manual_seed(seed)) > 0.45
+        left = {(y, x) for y, x in area.nonzero().tolist()}
+        sizes = []
+        while left:
+            stack, size = [left.pop()], 0
+            while stack:
+                y, x = stack.pop()
+                size += 1
+                near = {(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)} & left
+                left -= near
+                stack.extend(near)
+            sizes.append(size)
+        assert islands(area) == sorted(sizes, reverse=True)
