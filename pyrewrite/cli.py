@@ -62,6 +62,7 @@ def info(file: str, device: str, as_json: bool) -> None:
         "z_dim": generator.z_dim,
         "hash": generator.weights_hash(),
         "notes": generator.notes,
+        "unusual": generator.unusual_picture(),
         "layers": [
             {
                 "name": layer.name,
@@ -83,6 +84,7 @@ def info(file: str, device: str, as_json: bool) -> None:
         click.echo(f"  {layer!r}")
     for note in generator.notes:
         click.echo(f"note: {note}")
+    click.echo(f"warning: {data['unusual']}" if data["unusual"] else "image 0 of seed 1 renders with sane values")
 
 
 @main.command()

@@ -57,7 +57,7 @@ class Settings:
     preserve: float = 0.1
     shrinkage: float = 0.3
     weighting: str = "box"
-    margin: int = 0
+    margin: int = 2
     crop: str = "surroundings"
     warm_start: bool = True
     steps: int = 301

@@ -63,7 +63,10 @@ def test_info(run):
     assert data["family"] == "progan"
     assert [layer["name"] for layer in data["layers"]] == [f"layer{i}" for i in range(1, 11)]
     assert data["hash"] == load_generator("peeps-progan").weights_hash()
-    assert data["hash"] in run("info", "peeps-progan")
+    assert data["unusual"] is None
+    text = run("info", "peeps-progan")
+    assert data["hash"] in text
+    assert "renders with sane values" in text
 
 
 def test_stats(run, tmp_path):

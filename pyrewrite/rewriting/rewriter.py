@@ -420,15 +420,10 @@ class Rewriter:
         with patch.applied(self.generator):
             after = capture(self.generator, self.layer, captured.index, self.seed)
         losses = []
-        for image, target, crop in ((p.image, p.target, p.crop) for p in placed):
-            rows, columns = crop.slices()
-            row = captured.index[image]
-            weight = torch.ones_like(target.goal[0]) if target.weight is None else target.weight  # h x w
-            before, now = (
-                float(((c.value[row, :, rows, columns] - target.goal).abs().mean(0) * weight).sum() / weight.sum())
-                for c in (captured, after)
-            )
-            losses.append({"image": image, "before": before, "after": now})
+        for target in placed:
+            row = captured.index[target.image]
+            before, now = (target.loss(c.value[row]) for c in (captured, after))
+            losses.append({"image": target.image, "before": before, "after": now})
         mean = lambda name: sum(t[name] for t in losses) / len(losses)  # noqa: E731
         weight = self.generator.conv_layer(self.layer).weight
         return Report(

@@ -58,11 +58,25 @@ def capture(generator: Generator, layer: str, numbers: Iterable[int], seed: int)
 
 @dataclass(frozen=True)
 class Placed:
-    """One insertion target with the image it belongs to and the box of its crop on the value map."""
+    """One insertion target with the image it belongs to and two boxes on the value map: the crop that it covers, and
+    the part of it where the object is: what is left are a margin and the alignment to the layer's stride.
+    """
 
     image: int
     target: InsertionTarget
     crop: Box
+    box: Box
+
+    def loss(self, value: Tensor) -> float:
+        """Mean |value - goal| inside `box`, with the target's weights. value: O x H x W, the whole map."""
+        top, left = self.box.top - self.crop.top, self.box.left - self.crop.left
+        rows, columns = self.box.slices()
+        part = (slice(top, top + self.box.height), slice(left, left + self.box.width))
+        distance = (value[:, rows, columns] - self.target.goal[:, part[0], part[1]]).abs().mean(0)  # h x w
+        if self.target.weight is None:
+            return float(distance.mean())
+        weight = self.target.weight[part]  # h x w
+        return float((distance * weight).sum() / weight.sum())
 
 
 @dataclass(frozen=True)
@@ -110,13 +124,14 @@ def paste_target(
     its box.
     """
     goal, box = paste_values(captured.value[captured.index[selection.image]], thing, selection, image_size, what)
-    crop = grow(box, margin, captured.value_size)
     weight = None
     if weighting == "alpha":
         weight = torch.zeros(captured.value_size, device=goal.device)  # H x W
-        weight[crop.slices()] = 1  # the margin
+        weight[grow(box, margin, captured.value_size).slices()] = 1
         weight[box.slices()] = thing.alpha
-    return make_target(conv, captured, selection.image, goal, crop, weight=weight, surroundings=surroundings)
+    return make_target(
+        conv, captured, selection.image, goal, box, margin=margin, weight=weight, surroundings=surroundings
+    )
 
 
 def make_target(
@@ -126,12 +141,15 @@ def make_target(
     goal: Tensor,
     box: Box,
     *,
+    margin: int = 0,
     weight: Tensor | None = None,
     surroundings: bool = True,
 ) -> Placed:
-    """Cut goal (O x H x W), weight (H x W), noise and key of one image to `box`, aligned to the layer's stride."""
+    """Cut goal (O x H x W), weight (H x W), noise and key of one image to `box` with a margin, aligned to the layer's
+    stride.
+    """
     row = captured.index[image]
-    crop = align(box, 2 if conv.blur is not None else 1)
+    crop = align(grow(box, margin, captured.value_size), 2 if conv.blur is not None else 1)
     rows, columns = crop.slices()
     target = InsertionTarget(
         key=crop_key(conv, captured.key[row], crop, surroundings=surroundings),
@@ -140,7 +158,7 @@ def make_target(
         noise=None if captured.noise is None else captured.noise[rows, columns].contiguous(),
         weight=None if weight is None else weight[rows, columns].contiguous(),
     )
-    return Placed(image, target, crop)
+    return Placed(image, target, crop, box)
 
 
 def value_of(conv: ConvLayer, captured: Captured, row: int, key: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import safetensors.torch
@@ -65,6 +66,22 @@ def test_patches_come_off_in_any_order(g, order):
         patches[i].remove_(g)
     assert same_bits(g, kept)
     assert g.patches is None
+
+
+def test_original_and_edited_at_the_same_time(g):
+    """From two threads, each with its own copy of the generator: neither sees the other's weights."""
+    patch = make(g, "layer4", seed=0, size=0.3)
+    z = g.latents([3])
+    original = g(z)
+    with patch.applied(g):
+        edited = g(z)
+    both = {"original": copy.deepcopy(g), "edited": copy.deepcopy(g)}
+    patch.apply_(both["edited"])
+    with ThreadPoolExecutor(2) as pool:
+        futures = [(name, pool.submit(both[name], z)) for name in ["original", "edited"] * 8]
+        for name, future in futures:
+            assert torch.equal(future.result(), original if name == "original" else edited)
+    assert not torch.equal(original, edited)
 
 
 def test_what_remains_is_as_if_the_removed_one_had_never_been(g):

@@ -16,7 +16,7 @@ from pyrewrite.rewriting import encode_mask
 from pyrewrite.rewriting.selection import bounding_box, grow, mask_on_map
 from pyrewrite.rewriting.targets import capture
 
-QUICK = {"rank": 3, "steps": 31, "shrinkage": 0.3}
+QUICK = {"rank": 3, "steps": 31, "shrinkage": 0.3, "margin": 0}
 LAYERS = [
     ("peeps", "layer2"),
     ("peeps", "layer4"),
@@ -54,8 +54,7 @@ def test_solve_leaves_the_generator_and_reports_what_the_patch_does(rewriters, e
     for image in (1, 2, 3):
         goal = (1 - alpha) * before.value[image][:, rows, columns] + alpha * before.value[0][:, rows, columns]
         measured.append((after.value[image][:, rows, columns] - goal).abs().mean().item())
-    if layer != "layer5":  # its box is the aligned one, which may be larger
-        assert patch.report.loss_after == pytest.approx(np.mean(measured), rel=1e-4)
+    assert patch.report.loss_after == pytest.approx(np.mean(measured), rel=1e-4)
     if method == "low_rank":
         assert patch.report.loss_after < 0.9 * patch.report.loss_before
     with patch.applied(rw.generator):
@@ -100,7 +99,7 @@ def test_a_margin_keeps_what_is_around_the_object(rewriters, edit, weighting):
     around[box.slices()] = False
     changes = {}
     for margin in (0, 2):
-        patch = rw.solve(record, **{**QUICK, "steps": 101}, weighting=weighting, margin=margin)
+        patch = rw.solve(record, **{**QUICK, "steps": 101, "margin": margin}, weighting=weighting)
         with patch.applied(rw.generator):
             after = capture(rw.generator, "layer4", images, 1).value
         changes[margin] = (after - before)[:, :, around].abs().mean().item()
@@ -363,7 +362,7 @@ def test_an_edit_that_does_not_take_warns(rewriters, edit):
 def test_an_edit_out_of_proportion_warns(rewriters, edit):
     rw = rewriters("peeps", "layer4")
     with pytest.warns(EditWarning) as caught:
-        patch = rw.solve(edit(128), rank=3, steps=40, lr=50.0, warm_start=False)
+        patch = rw.solve(edit(128), rank=3, steps=40, lr=100.0, warm_start=False)
     assert patch.report.relative_size > 1
     assert any("times as large as the layer's weights" in str(w.message) for w in caught)
 
