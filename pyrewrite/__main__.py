@@ -1,4 +1,7 @@
-"""`python -m pyrewrite`: what was built, what this machine offers, and which implementation each op takes."""
+"""`python -m pyrewrite`: what was built, what this machine offers, and which implementation each op takes.
+
+With arguments it is the command line, for launchers that start modules: `torchrun ... -m pyrewrite stats ...`.
+"""
 
 from __future__ import annotations
 
@@ -39,4 +42,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        from .cli import main as command_line
+
+        command_line(prog_name="python -m pyrewrite")
     main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -108,12 +109,29 @@ def stats(
     cache: str | None,
     as_json: bool,
 ) -> None:
-    """Collect the second moment of a layer's keys (cached)."""
-    from .statistics import collect
+    """Collect the second moment of a layer's keys (cached).
 
-    generator = _load(file, device, truncation)
+    Several processes share the work: torchrun --nproc-per-node 4 -m pyrewrite stats GENERATOR LAYER
+    """
+    from .statistics import collect, collect_shared
+
     seed = 1 if seed is None else seed
-    found = collect(generator, layer, samples=samples, seed=seed, cache_dir=cache, progress=True)
+    settings = {"samples": samples, "seed": seed, "cache_dir": cache, "progress": True}
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
+        import torch.distributed
+
+        from .statistics.shards import join_group
+
+        device = join_group(device)
+        try:
+            found = collect_shared(_load(file, device, truncation), layer, **settings)
+            first = torch.distributed.get_rank() == 0
+        finally:
+            torch.distributed.destroy_process_group()
+        if not first:
+            return
+    else:
+        found = collect(_load(file, device, truncation), layer, **settings)
     eigenvalues = found.moment.matrix.cpu().double().numpy()
     import numpy as np
 

@@ -5,6 +5,7 @@ from pyrewrite.statistics.collect import LayerStatistics, batch_size_by_memory, 
 from pyrewrite.statistics.quantiles import UnitQuantiles
 from pyrewrite.statistics.search import DirectionScan, match, match_mask, scan_direction, top_images
 from pyrewrite.statistics.second_moment import SecondMoment
+from pyrewrite.statistics.shards import collect_shared
 from pyrewrite.statistics.whitening import EIGENVALUE_CUT, matrix_power
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "UnitQuantiles",
     "batch_size_by_memory",
     "collect",
+    "collect_shared",
     "default_folder",
     "match",
     "match_mask",

@@ -105,12 +105,13 @@ def scan_keys(
     begin: Callable[[], object],
     add: Callable[[object, int, Tensor], None],
     *,
+    first: int = 0,
     samples: int,
     seed: int,
     batch_size: int | None = None,
     progress: Progress | bool | None = None,
 ) -> tuple[object, int]:
-    """Run images 0 to samples - 1 up to a layer: ``state = begin()``, then ``add(state, first number, keys)`` a batch.
+    """Run images `first` to samples - 1 up to a layer: ``state = begin()``, then ``add(state, number, keys)`` a batch.
 
     keys: B x I x h x w, finite. Returns the state and the batch size. Where memory runs out, everything starts again
     from `begin()` with half the batch size: an accumulator that failed half-way through a batch is not to be trusted.
@@ -118,17 +119,18 @@ def scan_keys(
     check_count("samples", samples)
     if batch_size is not None:
         check_count("batch_size", batch_size)
-    latents = generator.latents(range(samples), seed=seed)  # samples x z
-    size = min(samples, batch_size or batch_size_by_memory(generator, layer))
+    latents = generator.latents(range(first, samples), seed=seed)  # images x z
+    total = len(latents)
+    size = min(total, batch_size or batch_size_by_memory(generator, layer))
     while True:
         try:
             state = begin()
-            with report(progress, samples, f"keys of {layer}") as advance, torch.no_grad():
-                for first in range(0, samples, size):
-                    keys = generator.keys(layer, latents[first : first + size])  # B x I x h x w
-                    require_finite(keys, layer, first)
-                    add(state, first, keys)
-                    advance(min(samples, first + size))
+            with report(progress, total, f"keys of {layer}") as advance, torch.no_grad():
+                for at in range(0, total, size):
+                    keys = generator.keys(layer, latents[at : at + size])  # B x I x h x w
+                    require_finite(keys, layer, first + at)
+                    add(state, first + at, keys)
+                    advance(min(total, at + size))
             return state, size
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not is_out_of_memory(error):
