@@ -139,28 +139,29 @@ void project_on_cpu(const std::vector<Weight>& weights, const Adam* adam, int th
 #ifdef PYREWRITE_HAS_CUDA
 
 std::size_t moment_workspace(std::uintptr_t x, int dtype, const Strides& shape, const Strides& strides, int precision,
-                             int device) {
+                             int family, int device) {
   const SecondMomentParams params = moment_params(x, dtype, shape, strides);
   std::size_t bytes = 0;
   Status status;
   {
     py::gil_scoped_release released;
-    status = second_moment_workspace(params, static_cast<Precision>(precision), device, &bytes);
+    status = second_moment_workspace(params, static_cast<Precision>(precision), static_cast<MomentFamily>(family),
+                                     device, &bytes);
   }
   raise_if_failed(status);
   return bytes;
 }
 
 void moment_on_cuda(std::uintptr_t x, int dtype, const Strides& shape, const Strides& strides, int precision,
-                    std::uintptr_t moment, const std::array<std::int64_t, 2>& moment_strides, std::uintptr_t workspace,
-                    int device, std::uintptr_t stream, bool wait) {
+                    int family, std::uintptr_t moment, const std::array<std::int64_t, 2>& moment_strides,
+                    std::uintptr_t workspace, int device, std::uintptr_t stream, bool wait) {
   const SecondMomentParams params = moment_params(x, dtype, shape, strides);
   const MomentView view{pointer<double>(moment), moment_strides[0], moment_strides[1]};
   Status status;
   {
     py::gil_scoped_release released;
-    status = second_moment_cuda(params, static_cast<Precision>(precision), view, pointer<void>(workspace), device,
-                                stream, wait);
+    status = second_moment_cuda(params, static_cast<Precision>(precision), static_cast<MomentFamily>(family), view,
+                                pointer<void>(workspace), device, stream, wait);
   }
   raise_if_failed(status);
 }
@@ -246,10 +247,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("project_cpu", &project_on_cpu, py::arg("weights"), py::arg("adam").none(true), py::arg("threads"));
 #ifdef PYREWRITE_HAS_CUDA
   m.def("second_moment_workspace", &moment_workspace, py::arg("x"), py::arg("dtype"), py::arg("shape"),
-        py::arg("strides"), py::arg("precision"), py::arg("device"));
+        py::arg("strides"), py::arg("precision"), py::arg("family"), py::arg("device"));
   m.def("second_moment_cuda", &moment_on_cuda, py::arg("x"), py::arg("dtype"), py::arg("shape"), py::arg("strides"),
-        py::arg("precision"), py::arg("moment"), py::arg("moment_strides"), py::arg("workspace"), py::arg("device"),
-        py::arg("stream"), py::arg("wait"));
+        py::arg("precision"), py::arg("family"), py::arg("moment"), py::arg("moment_strides"), py::arg("workspace"),
+        py::arg("device"), py::arg("stream"), py::arg("wait"));
   m.def("project_cuda", &project_on_cuda, py::arg("weights"), py::arg("adam").none(true), py::arg("device"),
         py::arg("stream"), py::arg("wait"));
   m.def("cuda_report", &cuda_report_dict);

@@ -23,15 +23,21 @@ struct MomentLaunch {
   cudaStream_t stream;
 };
 
-// One way to compute: the side of its tiles, the blocks that a multiprocessor holds, its kernels.
+// One way to compute: the side of its tiles, the bytes of a copy (see access_of), what a multiprocessor holds, its
+// kernels.
 struct MomentKernel {
-  int tile, blocks_per_multiprocessor;
+  int tile, copy_bytes;
+  int blocks_per_multiprocessor;                // as its registers allow
+  int shared_bytes;                             // of a block
   cudaError_t (*partial)(const MomentLaunch&);  // the blocks' partial sums
   cudaError_t (*reduce)(const MomentLaunch&);   // their sums, added to the moment
 };
 
-// float32 arithmetic of the ordinary units; any GPU.
-const MomentKernel& simt_kernel(int tile);  // 64 or 128
+// float32 arithmetic of the ordinary units; any GPU. tile: 64 or 128.
+const MomentKernel& simt_kernel(int tile, DType dtype);
+// Tensor cores from compute capability 8.0 on.
+const MomentKernel& sm80_float32_kernel(int tile, Precision precision);
+const MomentKernel& sm80_16bit_kernel(int tile, DType dtype);
 
 // The cheaper side of a tile for d channels: smaller tiles waste less beside the triangle, larger ones read less and do
 // a third more products a load.

@@ -27,6 +27,10 @@ Status second_moment_cpu(const SecondMomentParams& params, double* total, int th
 // fp32: products and sums as good as float32 arithmetic. tf32: the factors may be rounded to 10 fraction bits.
 enum class Precision : int { fp32 = 0, tf32 = 1 };
 
+// Which kernels. By rule: the fastest for the GPU and the input (dispatch.cu); a named family is for tests and
+// measurements, and refused where the GPU has not what it needs.
+enum class MomentFamily : int { by_rule = 0, simt = 1, sm80 = 2 };
+
 // d x d float64 with any strides, in elements.
 struct MomentView {
   double* data;
@@ -34,11 +38,12 @@ struct MomentView {
 };
 
 // Bytes of scratch on the device that second_moment_cuda needs for params.
-Status second_moment_workspace(const SecondMomentParams& params, Precision precision, int device, std::size_t* bytes);
+Status second_moment_workspace(const SecondMomentParams& params, Precision precision, MomentFamily family, int device,
+                               std::size_t* bytes);
 // Adds to both triangles of the moment, on the given device and stream, asynchronously; the caller's current device is
 // restored. `wait` waits for the end. The same input on the same kind of GPU gives the same bits.
-Status second_moment_cuda(const SecondMomentParams& params, Precision precision, const MomentView& moment,
-                          void* workspace, int device, std::uintptr_t stream, bool wait);
+Status second_moment_cuda(const SecondMomentParams& params, Precision precision, MomentFamily family,
+                          const MomentView& moment, void* workspace, int device, std::uintptr_t stream, bool wait);
 
 constexpr int kSecondMomentRows = 128;
 

@@ -122,8 +122,8 @@ struct Source {
 
 // How the elements of a panel lie in memory, which decides how they are copied.
 enum class Access : int {
-  channels,  // 16 bytes along the channels at a time: rows, channels_last
-  pixels,    // 16 bytes along the pixels at a time: NCHW
+  channels,  // several channels at a time: rows, channels_last
+  pixels,    // several pixels at a time: NCHW
   elements   // one by one
 };
 
@@ -166,8 +166,9 @@ inline Source make_source(const SecondMomentParams& p) {
   return source;
 }
 
-// `group`: elements copied at a time, `bytes` of them together. p is joined.
-inline Access access_of(const SecondMomentParams& p, int group, int bytes) {
+// `bytes`: of a copy. p is joined.
+inline Access access_of(const SecondMomentParams& p, int bytes) {
+  const int group = bytes / (p.dtype == DType::float32 ? 4 : 2);  // elements
   const bool aligned =
       reinterpret_cast<std::uintptr_t>(p.x) % bytes == 0 && p.image_stride % group == 0 && p.row_stride % group == 0;
   if (aligned && (p.channel_stride == 1 || p.d == 1) && p.column_stride % group == 0) return Access::channels;

@@ -196,12 +196,21 @@ cudaError_t launch_simt(const MomentLaunch& launch) {
   return cudaErrorInvalidValue;
 }
 
-template <int kTile>
-constexpr MomentKernel kSimt{kTile, SimtTraits<kTile>::kBlocksPerMultiprocessor, launch_simt<SimtTraits<kTile>>,
-                             reduce_partials<SimtTraits<kTile>>};
+template <int kTile, int kCopyBytes>
+constexpr MomentKernel kSimt{
+    kTile,
+    kCopyBytes,
+    SimtTraits<kTile>::kBlocksPerMultiprocessor,
+    4 * kTile * SimtTraits<kTile>::kSlice * static_cast<int>(sizeof(float)),
+    launch_simt<SimtTraits<kTile>>,
+    reduce_partials<SimtTraits<kTile>>,
+};
 
 }  // namespace
 
-const MomentKernel& simt_kernel(int tile) { return tile == 64 ? kSimt<64> : kSimt<128>; }
+const MomentKernel& simt_kernel(int tile, DType dtype) {
+  if (dtype == DType::float32) return tile == 64 ? kSimt<64, 16> : kSimt<128, 16>;
+  return tile == 64 ? kSimt<64, 8> : kSimt<128, 8>;
+}
 
 }  // namespace pyrewrite

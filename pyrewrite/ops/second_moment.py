@@ -17,6 +17,7 @@ from pyrewrite.ops import _library
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PRECISIONS = ("fp32", "tf32")  # in the order of csrc/second_moment/params.h
+_CUDA_FAMILY = 0  # which CUDA kernels: 0 by rule; tests and benchmarks set another MomentFamily of params.h
 _TORCH_ROWS = {"cpu": 1024, "cuda": 8192}  # rows of one product; more would keep a GPU busier and the sums longer
 
 
@@ -147,16 +148,16 @@ def _add_cuda(moment: Tensor, x: Tensor, precision: str) -> None:
     """Adds to both triangles of `moment` on the current stream."""
     if x.numel() == 0:
         return
-    view, code = _native_view(x), _PRECISIONS.index(precision)
+    how = (*_native_view(x), _PRECISIONS.index(precision), _CUDA_FAMILY)
     device, stream, wait = _library.launch_place(x)
-    workspace = _workspace(_library.native().second_moment_workspace(*view, code, device), x)
+    workspace = _workspace(_library.native().second_moment_workspace(*how, device), x)
     _library.native().second_moment_cuda(
-        *view, code, moment.data_ptr(), moment.stride(), workspace.data_ptr(), device, stream, wait
+        *how, moment.data_ptr(), moment.stride(), workspace.data_ptr(), device, stream, wait
     )
 
 
 def _workspace(size: int, like: Tensor) -> Tensor:
-    """Uninitialised bytes on the device. torch gives them to nobody else before the current stream is done with them."""
+    """Uninitialised bytes. torch gives them to nobody else before the current stream is done with them."""
     return like.new_empty(size, dtype=torch.uint8)
 
 
