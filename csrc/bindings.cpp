@@ -41,8 +41,7 @@ T* pointer(std::uintptr_t address) {
 }
 
 // shape and strides: images, channels, height, width
-void second_moment(std::uintptr_t x, int dtype, const Strides& shape, const Strides& strides, std::uintptr_t total,
-                   int threads) {
+SecondMomentParams moment_params(std::uintptr_t x, int dtype, const Strides& shape, const Strides& strides) {
   SecondMomentParams params{};
   params.x = pointer<const void>(x);
   params.dtype = static_cast<DType>(dtype);
@@ -54,6 +53,12 @@ void second_moment(std::uintptr_t x, int dtype, const Strides& shape, const Stri
   params.channel_stride = strides[1];
   params.row_stride = strides[2];
   params.column_stride = strides[3];
+  return params;
+}
+
+void second_moment(std::uintptr_t x, int dtype, const Strides& shape, const Strides& strides, std::uintptr_t total,
+                   int threads) {
+  const SecondMomentParams params = moment_params(x, dtype, shape, strides);
   Status status;
   {
     py::gil_scoped_release released;
@@ -132,6 +137,34 @@ void project_on_cpu(const std::vector<Weight>& weights, const Adam* adam, int th
 }
 
 #ifdef PYREWRITE_HAS_CUDA
+
+std::size_t moment_workspace(std::uintptr_t x, int dtype, const Strides& shape, const Strides& strides, int precision,
+                             int family, int device) {
+  const SecondMomentParams params = moment_params(x, dtype, shape, strides);
+  std::size_t bytes = 0;
+  Status status;
+  {
+    py::gil_scoped_release released;
+    status = second_moment_workspace(params, static_cast<Precision>(precision), static_cast<MomentFamily>(family),
+                                     device, &bytes);
+  }
+  raise_if_failed(status);
+  return bytes;
+}
+
+void moment_on_cuda(std::uintptr_t x, int dtype, const Strides& shape, const Strides& strides, int precision,
+                    int family, std::uintptr_t moment, const std::array<std::int64_t, 2>& moment_strides,
+                    std::uintptr_t workspace, int device, std::uintptr_t stream, bool wait) {
+  const SecondMomentParams params = moment_params(x, dtype, shape, strides);
+  const MomentView view{pointer<double>(moment), moment_strides[0], moment_strides[1]};
+  Status status;
+  {
+    py::gil_scoped_release released;
+    status = second_moment_cuda(params, static_cast<Precision>(precision), static_cast<MomentFamily>(family), view,
+                                pointer<void>(workspace), device, stream, wait);
+  }
+  raise_if_failed(status);
+}
 
 void project_on_cuda(const std::vector<Weight>& weights, const Adam* adam, int device, std::uintptr_t stream,
                      bool wait) {
@@ -213,6 +246,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                                   py::arg("project"));
   m.def("project_cpu", &project_on_cpu, py::arg("weights"), py::arg("adam").none(true), py::arg("threads"));
 #ifdef PYREWRITE_HAS_CUDA
+  m.def("second_moment_workspace", &moment_workspace, py::arg("x"), py::arg("dtype"), py::arg("shape"),
+        py::arg("strides"), py::arg("precision"), py::arg("family"), py::arg("device"));
+  m.def("second_moment_cuda", &moment_on_cuda, py::arg("x"), py::arg("dtype"), py::arg("shape"), py::arg("strides"),
+        py::arg("precision"), py::arg("family"), py::arg("moment"), py::arg("moment_strides"), py::arg("workspace"),
+        py::arg("device"), py::arg("stream"), py::arg("wait"));
   m.def("project_cuda", &project_on_cuda, py::arg("weights"), py::arg("adam").none(true), py::arg("device"),
         py::arg("stream"), py::arg("wait"));
   m.def("cuda_report", &cuda_report_dict);

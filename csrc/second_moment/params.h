@@ -1,6 +1,7 @@
 // Second moment: total += sum over rows k of k k^T.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "common/cpu.h"
@@ -22,6 +23,27 @@ struct SecondMomentParams {
 // Adds to the upper triangle of total (d x d, row-major, float64). Products and sums over up to kSecondMomentRows rows
 // are float32, sums of these are float64. NaN and infinity go where the products put them.
 Status second_moment_cpu(const SecondMomentParams& params, double* total, int threads);
+
+// fp32: products and sums as good as float32 arithmetic. tf32: the factors may be rounded to 10 fraction bits.
+enum class Precision : int { fp32 = 0, tf32 = 1 };
+
+// Which kernels. By rule: the fastest for the GPU and the input (dispatch.cu); a named family is for tests and
+// measurements, and refused where the GPU has not what it needs.
+enum class MomentFamily : int { by_rule = 0, simt = 1, sm80 = 2 };
+
+// d x d float64 with any strides, in elements.
+struct MomentView {
+  double* data;
+  std::int64_t row_stride, column_stride;
+};
+
+// Bytes of scratch on the device that second_moment_cuda needs for params.
+Status second_moment_workspace(const SecondMomentParams& params, Precision precision, MomentFamily family, int device,
+                               std::size_t* bytes);
+// Adds to both triangles of the moment, on the given device and stream, asynchronously; the caller's current device is
+// restored. `wait` waits for the end. The same input on the same kind of GPU gives the same bits.
+Status second_moment_cuda(const SecondMomentParams& params, Precision precision, MomentFamily family,
+                          const MomentView& moment, void* workspace, int device, std::uintptr_t stream, bool wait);
 
 constexpr int kSecondMomentRows = 128;
 

@@ -38,7 +38,12 @@ class Operator(NamedTuple):
 OPERATORS = {
     operator.name: operator
     for operator in (
-        Operator("second_moment_", (torch.float32, torch.float16, torch.bfloat16), cpu="second_moment", cuda=None),
+        Operator(
+            "second_moment_",
+            (torch.float32, torch.float16, torch.bfloat16),
+            cpu="second_moment",
+            cuda="second_moment_cuda",
+        ),
         Operator("project_", (torch.float32,), cpu="project_cpu", cuda="project_cuda"),
         Operator("project_adam_", (torch.float32,), cpu="project_cpu", cuda="project_cuda"),
         Operator("insert_low_rank", (torch.float32,), cpu="insertion_steps_cpu", cuda=None),

@@ -16,7 +16,8 @@ from torch import Tensor
 from pyrewrite.ops import _library
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_PRECISIONS = ("fp32", "tf32")
+_PRECISIONS = ("fp32", "tf32")  # in the order of csrc/second_moment/params.h
+_CUDA_FAMILY = 0  # which CUDA kernels: 0 by rule; tests and benchmarks set another MomentFamily of params.h
 _TORCH_ROWS = {"cpu": 1024, "cuda": 8192}  # rows of one product; more would keep a GPU busier and the sums longer
 
 
@@ -58,7 +59,10 @@ def second_moment(x: Tensor, *, precision: str = "fp32", impl: str | None = None
 def _second_moment_(moment: Tensor, x: Tensor, precision: str, impl: str | None = None) -> None:
     _check(x, precision, impl)
     _check_moment(moment, x)
-    moment.add_(_compute(x, precision, impl))
+    if _library.resolve("second_moment_", impl, x) == "cuda":
+        _add_cuda(moment, x, precision)
+    else:
+        moment.add_(_compute(x, precision, impl))
 
 
 @_second_moment_.register_fake
@@ -119,21 +123,42 @@ def _check_moment(moment: Tensor, x: Tensor) -> None:
 
 def _compute(x: Tensor, precision: str, impl: str | None) -> Tensor:
     """d x d float64, both triangles."""
-    d = x.shape[1]
-    if x.numel() == 0:
-        _library.resolve("second_moment_", impl, x)
-        return x.new_zeros((d, d), dtype=torch.float64)
-    if _library.resolve("second_moment_", impl, x) == "torch":
+    impl = _library.resolve("second_moment_", impl, x)
+    if impl == "torch" and x.numel() > 0:
         return _compute_torch(x, precision)
-    total = torch.zeros(d, d, dtype=torch.float64)
+    total = x.new_zeros((x.shape[1], x.shape[1]), dtype=torch.float64)
+    if impl == "cuda":
+        _add_cuda(total, x, precision)
+    elif impl == "cpu":
+        _library.native().second_moment(*_native_view(x), total.data_ptr(), torch.get_num_threads())
+        total = _mirror(total)
+    return total
+
+
+def _native_view(x: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """Address, data type, shape and strides as images x channels x height x width."""
     if x.ndim == 2:
-        shape, strides = (1, d, 1, x.shape[0]), (0, x.stride(1), 0, x.stride(0))
+        shape, strides = (1, x.shape[1], 1, x.shape[0]), (0, x.stride(1), 0, x.stride(0))
     else:
         shape, strides = tuple(x.shape), x.stride()
-    _library.native().second_moment(
-        x.data_ptr(), _library.DTYPE_CODES[x.dtype], shape, strides, total.data_ptr(), torch.get_num_threads()
+    return x.data_ptr(), _library.DTYPE_CODES[x.dtype], shape, strides
+
+
+def _add_cuda(moment: Tensor, x: Tensor, precision: str) -> None:
+    """Adds to both triangles of `moment` on the current stream."""
+    if x.numel() == 0:
+        return
+    how = (*_native_view(x), _PRECISIONS.index(precision), _CUDA_FAMILY)
+    device, stream, wait = _library.launch_place(x)
+    workspace = _workspace(_library.native().second_moment_workspace(*how, device), x)
+    _library.native().second_moment_cuda(
+        *how, moment.data_ptr(), moment.stride(), workspace.data_ptr(), device, stream, wait
     )
-    return _mirror(total)
+
+
+def _workspace(size: int, like: Tensor) -> Tensor:
+    """Uninitialised bytes. torch gives them to nobody else before the current stream is done with them."""
+    return like.new_empty(size, dtype=torch.uint8)
 
 
 def _compute_torch(x: Tensor, precision: str) -> Tensor:

@@ -2,70 +2,108 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
 from pyrewrite.ops import MissingKernelError, _library, second_moment, second_moment_, second_moment_ref
 
-IMPLS = ["cpu", "torch"]
+FAMILIES = {"cuda": 0, "cuda simt": 1, "cuda sm80": 2}  # by rule, and the kernels of every family (params.h)
+CUDA = [pytest.param(name, marks=pytest.mark.cuda) for name in FAMILIES]
+IMPLS = ["cpu", "torch", *CUDA]
 KINDS = [torch.float32, torch.float16, torch.bfloat16]
 # Around the widths of register blocks and the number of rows in a panel (128).
 ROWS = [(1, 1), (3, 1), (2, 5), (127, 16), (128, 17), (257, 31), (1000, 64), (700, 129), (300, 161), (513, 250)]
 MAPS = [(1, 1, 1, 1), (2, 3, 4, 5), (3, 64, 16, 16), (5, 33, 7, 9), (2, 130, 20, 20), (300, 4, 1, 1), (1, 8, 300, 1)]
 
 
-def moment_of(x: torch.Tensor, **settings) -> torch.Tensor:
-    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-    assert second_moment_(total, x, **settings) is total
-    return total
+OP = importlib.import_module("pyrewrite.ops.second_moment")  # the function has the name of its module
 
 
-def check(x: torch.Tensor, impl: str | None, bound: float = 1e-6) -> None:
-    result, truth = moment_of(x, impl=impl), second_moment_ref(x)
+@pytest.fixture(autouse=True)
+def workspace_on_device(on_device, monkeypatch):
+    """The op's own scratch is the device's too, where it lies in the processor's memory."""
+    allocate = OP._workspace
+    monkeypatch.setattr(OP, "_workspace", lambda *arguments: on_device(allocate(*arguments)))
+
+
+def add(total: torch.Tensor, x: torch.Tensor, impl: str | None, **settings) -> torch.Tensor:
+    """second_moment_ with an implementation of IMPLS."""
+    before = OP._CUDA_FAMILY
+    OP._CUDA_FAMILY = FAMILIES.get(impl, before)
+    try:
+        return second_moment_(total, x, impl="cuda" if impl in FAMILIES else impl, **settings)
+    except RuntimeError as error:
+        if "were asked for" in str(error):
+            pytest.skip(str(error))
+        raise
+    finally:
+        OP._CUDA_FAMILY = before
+
+
+def moment_of(x: torch.Tensor, on_device=lambda t: t, impl: str | None = None, **settings) -> torch.Tensor:
+    """x lies on the device already."""
+    total = on_device(torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64))
+    assert add(total, x, impl, **settings) is total
+    return total.cpu()
+
+
+def check(x: torch.Tensor, impl: str | None, on_device=lambda t: t, bound: float = 1e-6) -> None:
+    result, x = moment_of(x, on_device, impl=impl), x.cpu()
+    truth = second_moment_ref(x)
     assert torch.equal(result, result.T)
     rows = x if x.ndim == 2 else x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
     baseline = rows.float().T @ rows.float()
     error, usual = ((m.double() - truth).norm() / truth.norm() for m in (result, baseline))
-    assert error <= 2 * usual + 1e-7
+    # On tensor cores a factor is two numbers of 11 bits, and the product of the two small ones is left out: 2^-21 of a
+    # product in the worst case, which many rows average out.
+    assert error <= 2 * usual + (5e-7 if impl in FAMILIES else 1e-7)
     assert error < bound
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", ROWS, ids=str)
-def test_rows(shape, impl):
+def test_rows(shape, impl, on_device):
     torch.manual_seed(0)
     n, d = shape
-    check(torch.randn(n, d) + 0.5, impl)
-    check(torch.randn(d, n).T, impl)
-    check(torch.randn(2 * n, d + 3)[::2, 1 : d + 1], impl)
-    check(torch.randn(n, 2 * d)[:, ::2], impl)
-    check(torch.randn(1, d).expand(n, d), impl, bound=3e-6)  # equal rows: every rounding goes the same way
+    check(on_device(torch.randn(n, d) + 0.5), impl, on_device)
+    check(on_device(torch.randn(d, n)).T, impl, on_device)
+    check(on_device(torch.randn(2 * n, d + 3))[::2, 1 : d + 1], impl, on_device)
+    check(on_device(torch.randn(n, 2 * d))[:, ::2], impl, on_device)
+    # Equal rows: every rounding goes the same way.
+    check(on_device(torch.randn(1, d)).expand(n, d), impl, on_device, bound=3e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", MAPS, ids=str)
-def test_maps(shape, impl):
+def test_maps(shape, impl, on_device):
     torch.manual_seed(0)
     b, c, h, w = shape
-    check(torch.randn(shape), impl)
-    check(torch.randn(shape).contiguous(memory_format=torch.channels_last), impl)
-    check(torch.randn(2 * b, c, h, w)[::2], impl)  # strides between images
-    check(torch.randn(b, c, h + 2, w + 3)[:, :, 1 : h + 1, 2 : w + 2], impl)
-    check(torch.randn(b, c, w, h).transpose(2, 3), impl)
-    check(torch.randn(b, 2 * c, h, w)[:, ::2], impl)
-    check(torch.randn(b, h + 1, w + 1, c).permute(0, 3, 1, 2)[:, :, 1:, :w], impl)
+    check(on_device(torch.randn(shape)), impl, on_device)
+    check(on_device(torch.randn(shape).contiguous(memory_format=torch.channels_last)), impl, on_device)
+    check(on_device(torch.randn(2 * b, c, h, w))[::2], impl, on_device)  # strides between images
+    check(on_device(torch.randn(b, c, h + 2, w + 3))[:, :, 1 : h + 1, 2 : w + 2], impl, on_device)
+    check(on_device(torch.randn(b, c, h, w + 4))[:, :, :, 4:], impl, on_device)
+    check(on_device(torch.randn(b, c, w, h)).transpose(2, 3), impl, on_device)
+    check(on_device(torch.randn(b, 2 * c, h, w))[:, ::2], impl, on_device)
+    check(on_device(torch.randn(b, h + 1, w + 1, c)).permute(0, 3, 1, 2)[:, :, 1:, :w], impl, on_device)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", KINDS)
-def test_types(dtype, impl):
+def test_types(dtype, impl, on_device):
     torch.manual_seed(0)
-    check(torch.randn(300, 20).to(dtype), impl)
-    check(torch.randn(2, 20, 9, 7).to(dtype), impl)
+    for shape in ((300, 20), (300, 24), (129, 130), (2, 20, 9, 7), (2, 24, 8, 8), (1, 70, 2, 4)):
+        x = torch.randn(shape).to(dtype)
+        check(on_device(x), impl, on_device)
+        if x.ndim == 4:
+            check(on_device(x.contiguous(memory_format=torch.channels_last)), impl, on_device)
     tiny = torch.full((4, 2), 3e-7).to(dtype)  # subnormal in half
-    torch.testing.assert_close(moment_of(tiny, impl=impl), second_moment_ref(tiny), rtol=1e-6, atol=0)
     large = torch.full((4, 2), 300.0).to(dtype)  # its square overflows half
-    torch.testing.assert_close(moment_of(large, impl=impl), second_moment_ref(large), rtol=1e-6, atol=0)
+    for x in (tiny, large):
+        result = moment_of(on_device(x), on_device, impl=impl)
+        torch.testing.assert_close(result, second_moment_ref(x), rtol=1e-6, atol=0)
 
 
 @pytest.mark.skipif(_library.native_problem() != "", reason="needs the binary module")
@@ -89,34 +127,43 @@ def test_float64_in_torch():
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", [(0, 5), (0, 5, 4, 4), (2, 5, 0, 4), (2, 5, 4, 0)], ids=str)
-def test_no_rows(shape, impl):
-    total = torch.full((5, 5), 2.0, dtype=torch.float64)
-    second_moment_(total, torch.zeros(shape), impl=impl)
+def test_no_rows(shape, impl, on_device):
+    total = on_device(torch.full((5, 5), 2.0, dtype=torch.float64))
+    add(total, on_device(torch.zeros(shape)), impl)
     assert (total == 2).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_adds_to_what_is_there(impl):
+def test_adds_to_what_is_there(impl, on_device):
     torch.manual_seed(0)
-    x = torch.randn(700, 9)
-    total = moment_of(x, impl=impl)
+    x = on_device(torch.randn(700, 9))
+    once = moment_of(x, on_device, impl=impl)
+    total = on_device(once.clone())
     version = total._version
-    second_moment_(total, x, impl=impl)
+    add(total, x, impl)
     assert total._version > version
-    torch.testing.assert_close(total, 2 * moment_of(x, impl=impl), rtol=1e-15, atol=0)
-    wide = torch.zeros(9, 18, dtype=torch.float64)
-    second_moment_(wide[:, ::2], x, impl=impl)
-    assert torch.equal(wide[:, ::2], moment_of(x, impl=impl))
-    assert (wide[:, 1::2] == 0).all()
+    torch.testing.assert_close(total.cpu(), 2 * once, rtol=1e-15, atol=0)
+    for wide, view in (((9, 18), lambda m: m[:, ::2]), ((10, 11), lambda m: m.T[1:10, :9])):
+        storage = on_device(torch.zeros(wide, dtype=torch.float64))
+        add(view(storage), x, impl)
+        assert torch.equal(view(storage).cpu(), once)
+        view(storage).zero_()
+        assert (storage == 0).all()
+    # A moment that is not symmetric is the caller's matter.
+    slanted = on_device(torch.arange(81.0, dtype=torch.float64).reshape(9, 9))
+    add(slanted, x, impl)
+    torch.testing.assert_close(
+        slanted.cpu(), once + torch.arange(81.0, dtype=torch.float64).reshape(9, 9), rtol=1e-15, atol=0
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_not_finite_is_seen(bad, impl):
+def test_not_finite_is_seen(bad, impl, on_device):
     torch.manual_seed(0)
     for x in (torch.rand(600, 40) + 0.1, torch.rand(2, 40, 15, 20) + 0.1):
         x[1, 7] = bad
-        result = moment_of(x, impl=impl)
+        result = moment_of(on_device(x), on_device, impl=impl)
         seen = torch.zeros(40, 40, dtype=torch.bool)
         seen[7] = seen[:, 7] = True
         assert torch.equal(~result.isfinite(), seen)
@@ -124,13 +171,60 @@ def test_not_finite_is_seen(bad, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_error_does_not_grow_with_the_rows(impl):
+def test_error_does_not_grow_with_the_rows(impl, on_device):
     """2^16 rows with a mean: float32 totals would lose digits."""
     torch.manual_seed(0)
     x = torch.rand(1 << 16, 24)
     truth = second_moment_ref(x)
-    error = (moment_of(x, impl=impl) - truth).norm() / truth.norm()
-    assert error < 3e-8
+    error = (moment_of(on_device(x), on_device, impl=impl) - truth).norm() / truth.norm()
+    assert error < (3e-7 if impl in FAMILIES else 3e-8)  # tensor cores cut their sums, all in one direction
+
+
+@pytest.mark.parametrize("impl", CUDA)
+@pytest.mark.parametrize("shape", [(5000, 40), (3, 200, 32, 32)], ids=str)
+def test_same_bits_every_time(shape, impl, on_device):
+    torch.manual_seed(0)
+    x = on_device(torch.randn(shape))
+    assert torch.equal(moment_of(x, on_device, impl=impl), moment_of(x, on_device, impl=impl))
+
+
+@pytest.mark.parametrize("impl", CUDA)
+def test_squares_beyond_float32(impl, on_device):
+    """Their float32 sums overflow; they are summed again in float64."""
+    x = torch.rand(300, 5) + 0.5
+    x[:, 2] *= 1e25
+    result = moment_of(on_device(x), on_device, impl=impl)
+    torch.testing.assert_close(result, second_moment_ref(x), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", CUDA)
+@pytest.mark.parametrize("layout", ["rows", "channels_last", "NCHW", "sliced"])
+def test_tf32(layout, impl, on_device):
+    torch.manual_seed(0)
+    if layout == "rows":
+        x = on_device(torch.rand(2000, 136))
+    elif layout == "sliced":
+        x = on_device(torch.rand(3, 64, 18, 23))[:, :, 1:, :21]
+    else:
+        x = torch.rand(3, 200, 16, 12)
+        x = on_device(x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x)
+    truth = second_moment_ref(x.cpu())
+    result = moment_of(x, on_device, impl=impl, precision="tf32")
+    assert torch.equal(result, result.T)
+    error = (result - truth).norm() / truth.norm()
+    assert error < 3e-5  # the rounding of the factors, to nearest: much of it averages out
+    if impl == "cuda":
+        assert error > 1e-6  # or it was not TF32
+
+
+@pytest.mark.parametrize("impl", CUDA)
+@pytest.mark.parametrize("shape", [(40_000, 8), (1, 64, 200, 200)], ids=str)
+def test_long_sums(shape, impl, on_device):
+    """More rows to a block than a float32 sum takes: the workspace is added to."""
+    x = torch.rand(shape)
+    for precision, bound in (("fp32", 3e-7), ("tf32", 3e-6)):
+        result, truth = moment_of(on_device(x), on_device, impl=impl, precision=precision), second_moment_ref(x)
+        assert (result - truth).norm() / truth.norm() < bound
 
 
 def test_lowered_torch_precision_is_not_taken_over():
@@ -190,13 +284,17 @@ def test_more_refusals(monkeypatch):
         second_moment_(M, x, precision="fp16")
     with pytest.raises(ValueError, match="impl must be None or one of 'cuda', 'cpu', 'torch', got 'CPU'"):
         second_moment_(M, x, impl="CPU")
-    with pytest.raises(MissingKernelError, match="second_moment_: this release has no CUDA kernel for it"):
-        second_moment_(M, x, impl="cuda")
     with pytest.raises(RuntimeError, match="second_moment_ adds in place and has no gradient"):
         second_moment_(M, x.clone().requires_grad_())
     monkeypatch.setattr(_library, "_load", lambda: (None, "the binary module is missing"))
     with pytest.raises(MissingKernelError, match="second_moment_: the binary module is missing"):
         second_moment_(M, x)
+
+
+@pytest.mark.skipif(not _library.cuda_report()["problem"], reason="a CUDA kernel can run here")
+def test_cuda_that_is_not_there_raises():
+    with pytest.raises(MissingKernelError, match="second_moment_: impl='cuda' cannot run: "):
+        second_moment_(M.clone(), torch.zeros(4, 3), impl="cuda")
 
 
 def test_opcheck():

@@ -1,0 +1,118 @@
+// Chooses the kernel for a device and an input, by rules that depend on nothing that changes from call to call.
+#include "common/device.h"
+#include "second_moment/launch.h"
+
+namespace pyrewrite {
+namespace {
+
+struct Choice {
+  const MomentKernel* kernel = nullptr;
+  Access access = Access::elements;
+  Plan plan{};
+};
+
+struct Gpu {
+  int major = 0, minor = 0, multiprocessors = 0, shared_bytes = 0;  // of a multiprocessor
+};
+
+Status look_up(int device, MomentFamily family, Gpu* gpu) {
+  cudaError_t error = cudaDeviceGetAttribute(&gpu->major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&gpu->minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&gpu->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&gpu->shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (error != cudaSuccess) return cuda_status(error, "asking for the properties", device);
+  if (family == MomentFamily::sm80 && gpu->major < 8)
+    return Status::error(Status::kUnsupported,
+                         "second moment: the kernels for compute capability 8.0 were asked for, "
+                         "GPU %d has %d.%d",
+                         device, gpu->major, gpu->minor);
+  return {};
+}
+
+// float32 from three tensor-core products each pays where a multiprocessor makes 1024 TF32 products a cycle or more: on
+// 8.0, 9.0 and 10.x. The others (8.6, 8.7, 8.9, 12.x) make as many TF32 as float32 products, so there float32 takes the
+// ordinary units. Before 8.0 everything does.
+const MomentKernel& kernel_for(const SecondMomentParams& p, Precision precision, MomentFamily family, const Gpu& gpu) {
+  const int tile = tile_for(p.d);
+  const bool fast_tf32 = (gpu.major == 8 && gpu.minor == 0) || gpu.major == 9 || gpu.major == 10;
+  const bool plain_float32 = p.dtype == DType::float32 && precision == Precision::fp32;
+  const bool simt = gpu.major < 8 || (plain_float32 && !fast_tf32);
+  if (family == MomentFamily::simt || (family == MomentFamily::by_rule && simt)) return simt_kernel(tile, p.dtype);
+  if (p.dtype == DType::float32) return sm80_float32_kernel(tile, precision);
+  return sm80_16bit_kernel(tile, p.dtype);
+}
+
+// p: joined, and small enough for one launch.
+Choice choose(const SecondMomentParams& p, Precision precision, MomentFamily family, const Gpu& gpu) {
+  Choice choice;
+  choice.kernel = &kernel_for(p, precision, family, gpu);
+  choice.access = access_of(p, choice.kernel->copy_bytes);
+  const int tile = choice.kernel->tile, side = (p.d + tile - 1) / tile;
+  const int room = gpu.shared_bytes / (choice.kernel->shared_bytes + 1024);  // 1 KB of a block is the system's
+  const int resident =
+      room < choice.kernel->blocks_per_multiprocessor ? room : choice.kernel->blocks_per_multiprocessor;
+  choice.plan = make_plan(triangle_tiles(side), p.images * p.height * p.width,
+                          gpu.multiprocessors * (resident > 0 ? resident : 1));
+  return choice;
+}
+
+// Calls body(part) with parts of p of at most kMostRows rows, joined, until one fails.
+template <typename Body>
+Status for_parts(SecondMomentParams p, Body&& body) {
+  p = joined(p);
+  const std::int64_t rows = p.images * p.height * p.width;
+  if (rows <= 0 || p.d <= 0) return {};
+  if (rows <= kMostRows) return body(p);
+  std::int64_t& extent = p.images > 1 ? p.images : p.height > 1 ? p.height : p.width;
+  const std::int64_t stride = p.images > 1 ? p.image_stride : p.height > 1 ? p.row_stride : p.column_stride;
+  const std::int64_t whole = extent, half = whole / 2;
+  extent = half;
+  const Status status = for_parts(p, body);
+  if (!status.ok()) return status;
+  extent = whole - half;
+  const std::int64_t size = p.dtype == DType::float32 ? 4 : 2;
+  p.x = static_cast<const char*>(p.x) + half * stride * size;
+  return for_parts(p, body);
+}
+
+}  // namespace
+
+Status second_moment_workspace(const SecondMomentParams& params, Precision precision, MomentFamily family, int device,
+                               std::size_t* bytes) {
+  *bytes = 0;
+  Gpu gpu;
+  const Status status = look_up(device, family, &gpu);
+  if (!status.ok()) return status;
+  return for_parts(params, [&](const SecondMomentParams& p) -> Status {
+    const Choice choice = choose(p, precision, family, gpu);
+    const std::size_t tile = choice.kernel->tile;
+    const std::size_t needed = choice.plan.blocks() * tile * tile * sizeof(Pair);
+    if (needed > *bytes) *bytes = needed;
+    return {};
+  });
+}
+
+Status second_moment_cuda(const SecondMomentParams& params, Precision precision, MomentFamily family,
+                          const MomentView& moment, void* workspace, int device, std::uintptr_t stream_handle,
+                          bool wait) {
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return cuda_status(guard.error(), "choosing the device", device);
+  const cudaStream_t stream = reinterpret_cast<cudaStream_t>(stream_handle);
+  Gpu gpu;
+  Status status = look_up(device, family, &gpu);
+  if (!status.ok()) return status;
+  status = for_parts(params, [&](const SecondMomentParams& p) -> Status {
+    const Choice choice = choose(p, precision, family, gpu);
+    const MomentLaunch launch{make_source(p), choice.access, p.dtype, choice.plan, static_cast<Pair*>(workspace),
+                              moment,         stream};
+    cudaError_t error = choice.kernel->partial(launch);
+    if (error == cudaSuccess) error = choice.kernel->reduce(launch);
+    return cuda_status(error, "second moment", device);
+  });
+  if (!status.ok() || !wait) return status;
+  return cuda_status(cudaStreamSynchronize(stream), "second moment", device);
+}
+
+}  // namespace pyrewrite

@@ -1,0 +1,180 @@
+// Who computes what: the triangle of tiles, the split of the rows, and where a row lies. Plain arithmetic without CUDA
+// calls, the same on both sides, so that a test on the processor covers what the GPU runs.
+#pragma once
+
+#include <cstdint>
+
+#include "second_moment/params.h"
+
+#if defined(__CUDACC__)
+#define PYREWRITE_BOTH __host__ __device__ __forceinline__
+#else
+#define PYREWRITE_BOTH inline
+#endif
+
+namespace pyrewrite {
+
+// A tile of the moment: channels row * size ... against column * size ..., row <= column.
+struct TriangleTile {
+  int row, column;
+};
+
+struct TileElement {
+  int row, column;
+};
+
+// Tiles are numbered down the columns of the upper triangle: (0,0) (0,1) (1,1) (0,2) ...
+PYREWRITE_BOTH int triangle_tiles(int side) { return side * (side + 1) / 2; }
+
+PYREWRITE_BOTH TriangleTile triangle_tile(int number) {
+  int column = static_cast<int>((__builtin_sqrtf(8.f * number + 1.f) - 1.f) / 2.f);
+  while (triangle_tiles(column) > number) --column;  // the root is rounded
+  while (triangle_tiles(column + 1) <= number) ++column;
+  return {number - triangle_tiles(column), column};
+}
+
+// Rows are handed out in chunks. Chunks first, first + step, ... belong to a block: blocks that run at the same time
+// read neighbouring rows, which the L2 cache then holds for all of them.
+constexpr int kChunkRows = 256;
+
+struct BlockWork {
+  int tile, first, step;
+};
+
+// The first `whole` tiles are computed by one block each, in full waves of `resident` blocks. The others are split over
+// the rows in `parts`. The block's number is also that of its partial sums in the workspace.
+struct Plan {
+  int tiles, whole, parts, chunks;
+
+  PYREWRITE_BOTH int blocks() const { return whole + (tiles - whole) * parts; }
+  PYREWRITE_BOTH BlockWork work(int block) const {
+    if (block < whole) return {block, 0, 1};
+    const int rest = tiles - whole, number = block - whole;
+    return {whole + number % rest, number / rest, parts};
+  }
+  // Partial sums of a tile: blocks first_of(tile) + i * step_of(tile), i < parts_of(tile).
+  PYREWRITE_BOTH int first_of(int tile) const { return tile; }
+  PYREWRITE_BOTH int step_of() const { return tiles - whole; }
+  PYREWRITE_BOTH int parts_of(int tile) const { return tile < whole ? 1 : parts; }
+};
+
+// `resident`: how many blocks the GPU holds at once. The split depends on nothing else, so the sums are the same bits
+// every time. A part costs about one chunk more than its rows (its partial sums are written and read again).
+inline Plan make_plan(int tiles, std::int64_t rows, int resident) {
+  Plan plan{};
+  plan.tiles = tiles;
+  plan.chunks = static_cast<int>((rows + kChunkRows - 1) / kChunkRows);
+  plan.whole = tiles / resident * resident;
+  plan.parts = 1;
+  const int rest = tiles - plan.whole;
+  const int most = resident < plan.chunks ? resident : plan.chunks;
+  std::int64_t least = -1;
+  for (int parts = 1; rest > 0 && parts <= most; ++parts) {
+    const std::int64_t waves = (static_cast<std::int64_t>(rest) * parts + resident - 1) / resident;
+    const std::int64_t cost = waves * ((plan.chunks + parts - 1) / parts + 1);
+    if (least < 0 || cost < least) {
+      least = cost;
+      plan.parts = parts;
+    }
+  }
+  return plan;
+}
+
+// Division of numbers below 2^31 by a divisor that the compiler does not know: a multiplication and a shift.
+struct Divider {
+  std::uint32_t divisor, factor, shift;
+
+  PYREWRITE_BOTH std::uint32_t operator()(std::uint32_t n) const {
+#if defined(__CUDA_ARCH__)
+    return (__umulhi(n, factor) + n) >> shift;
+#else
+    return static_cast<std::uint32_t>((static_cast<std::uint64_t>(n) * factor >> 32) + n) >> shift;
+#endif
+  }
+};
+
+inline Divider make_divider(std::uint32_t divisor) {
+  std::uint32_t shift = 0;
+  while (shift < 32 && (std::uint64_t{1} << shift) < divisor) ++shift;
+  const std::uint64_t factor = (std::uint64_t{1} << 32) * ((std::uint64_t{1} << shift) - divisor) / divisor + 1;
+  return {divisor, static_cast<std::uint32_t>(factor), shift};
+}
+
+// The rows as images x height x width; one call of a kernel takes fewer than 2^31 of them.
+constexpr std::int64_t kMostRows = std::int64_t{1} << 30;
+
+struct Source {
+  const void* x;
+  std::int64_t image_stride, line_stride, pixel_stride, channel_stride;
+  Divider width, height;
+  std::uint32_t rows;
+  int d;
+
+  // Elements from x to channel 0 of row n.
+  PYREWRITE_BOTH std::int64_t offset(std::uint32_t n) const {
+    const std::uint32_t line = width(n);
+    std::int64_t at = static_cast<std::int64_t>(n - line * width.divisor) * pixel_stride;
+    if (height.divisor == 1) return at + line * image_stride;
+    const std::uint32_t image = height(line);
+    return at + image * image_stride + static_cast<std::int64_t>(line - image * height.divisor) * line_stride;
+  }
+};
+
+// How the elements of a panel lie in memory, which decides how they are copied.
+enum class Access : int {
+  channels,  // several channels at a time: rows, channels_last
+  pixels,    // several pixels at a time: NCHW
+  elements   // one by one
+};
+
+// Joins dimensions that one stride describes, so that a run of pixels is as long as it can be.
+inline SecondMomentParams joined(SecondMomentParams p) {
+  if (p.width == 1) {
+    p.width = p.height;
+    p.column_stride = p.row_stride;
+    p.height = 1;
+  } else if (p.height == 1 || p.row_stride == p.width * p.column_stride) {
+    p.width *= p.height;
+    p.height = 1;
+  }
+  if (p.height == 1) {
+    p.row_stride = 0;
+    if (p.width == 1) {
+      p.width = p.images;
+      p.column_stride = p.image_stride;
+      p.images = 1;
+    } else if (p.images == 1 || p.image_stride == p.width * p.column_stride) {
+      p.width *= p.images;
+      p.images = 1;
+    }
+  }
+  if (p.images == 1) p.image_stride = 0;
+  return p;
+}
+
+inline Source make_source(const SecondMomentParams& p) {
+  Source source{};
+  source.x = p.x;
+  source.image_stride = p.image_stride;
+  source.line_stride = p.row_stride;
+  source.pixel_stride = p.column_stride;
+  source.channel_stride = p.channel_stride;
+  source.width = make_divider(static_cast<std::uint32_t>(p.width));
+  source.height = make_divider(static_cast<std::uint32_t>(p.height));
+  source.rows = static_cast<std::uint32_t>(p.images * p.height * p.width);
+  source.d = p.d;
+  return source;
+}
+
+// `bytes`: of a copy. p is joined.
+inline Access access_of(const SecondMomentParams& p, int bytes) {
+  const int group = bytes / (p.dtype == DType::float32 ? 4 : 2);  // elements
+  const bool aligned =
+      reinterpret_cast<std::uintptr_t>(p.x) % bytes == 0 && p.image_stride % group == 0 && p.row_stride % group == 0;
+  if (aligned && (p.channel_stride == 1 || p.d == 1) && p.column_stride % group == 0) return Access::channels;
+  if (aligned && p.column_stride == 1 && p.width % group == 0 && (p.d == 1 || p.channel_stride % group == 0))
+    return Access::pixels;
+  return Access::elements;
+}
+
+}  // namespace pyrewrite
