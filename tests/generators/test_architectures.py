@@ -9,6 +9,7 @@ import torch
 
 from pyrewrite.errors import UnknownLayerError
 from pyrewrite.generators import load_generator
+from pyrewrite.generators.base import side_by_side
 from pyrewrite.generators.loading import BUNDLED
 
 
@@ -335,3 +336,25 @@ def test_pictures_of_nonsense_are_reported(bundled):
         output.weight.zero_()
         if generator.family == "progan":
             assert "flat" in generator.unusual_picture()
+
+
+def test_images_side_by_side(small):
+    """In order, in the caller's grad mode, on the caller's number of threads afterwards, also after an error."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with torch.no_grad():
+            assert side_by_side(lambda n: (n, torch.is_grad_enabled(), torch.get_num_threads()), 5) == [
+                (n, False, 1) for n in range(5)
+            ]
+        assert side_by_side(lambda n: torch.is_grad_enabled(), 2) == [True, True]
+        assert side_by_side(lambda n: torch.get_num_threads(), 1) == [3]
+        assert side_by_side(lambda n: n, 0) == []
+        with pytest.raises(ZeroDivisionError):
+            side_by_side(lambda n: 1 // n, 4)
+        assert torch.get_num_threads() == 3
+        several = small.images(range(5))
+        torch.set_num_threads(1)
+        torch.testing.assert_close(small.images(range(5)), several, rtol=0, atol=1e-5)
+    finally:
+        torch.set_num_threads(threads)
