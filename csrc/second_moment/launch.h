@@ -39,11 +39,4 @@ const MomentKernel& simt_kernel(int tile, DType dtype);
 const MomentKernel& sm80_float32_kernel(int tile, Precision precision);
 const MomentKernel& sm80_16bit_kernel(int tile, DType dtype);
 
-// The cheaper side of a tile for d channels: smaller tiles waste less beside the triangle, larger ones read less and do
-// a third more products a load.
-constexpr int tile_for(int d) {
-  const std::int64_t small = (d + 63) / 64, large = (d + 127) / 128;
-  return small * (small + 1) * 64 * 64 * 4 < large * (large + 1) * 128 * 128 * 3 ? 64 : 128;
-}
-
 }  // namespace pyrewrite

@@ -23,6 +23,13 @@ struct TileElement {
   int row, column;
 };
 
+// The cheaper side of a tile for d channels: smaller tiles waste less beside the triangle, larger ones read less and do
+// a third more products a load.
+constexpr int tile_for(int d) {
+  const std::int64_t small = (d + 63) / 64, large = (d + 127) / 128;
+  return small * (small + 1) * 64 * 64 * 4 < large * (large + 1) * 128 * 128 * 3 ? 64 : 128;
+}
+
 // Tiles are numbered down the columns of the upper triangle: (0,0) (0,1) (1,1) (0,2) ...
 PYREWRITE_BOTH int triangle_tiles(int side) { return side * (side + 1) / 2; }
 

@@ -31,7 +31,7 @@ struct HalfMath {
   using Element = T;
   using Mma = M;
   static constexpr bool kSplit = false;
-  static constexpr int kChainRows = 256, kTotalRows = 8192;
+  static constexpr int kChainRows = 128, kTotalRows = 8192;
 };
 using Float16Math = HalfMath<__half, Fp16>;
 using BFloat16Math = HalfMath<__nv_bfloat16, Bf16>;
