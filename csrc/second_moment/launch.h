@@ -28,6 +28,7 @@ struct MomentLaunch {
 struct MomentKernel {
   int tile, copy_bytes;
   int blocks_per_multiprocessor;                // as its registers allow
+  int work_on_diagonal;                         // thirds of a tile beside it
   int shared_bytes;                             // of a block
   cudaError_t (*partial)(const MomentLaunch&);  // the blocks' partial sums
   cudaError_t (*reduce)(const MomentLaunch&);   // their sums, added to the moment

@@ -1,5 +1,6 @@
 // Every tile, chunk, row and shared-memory bank of the second moment's kernels, counted. Prints nothing where all is
 // right; test_second_moment_geometry.py builds and runs it.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <set>
@@ -28,41 +29,63 @@ void triangle() {
   CHECK(next == triangle_tiles(600));
 }
 
+// Greedy, one block at a time.
+std::int64_t simulated(std::int64_t first, std::int64_t a, std::int64_t second, std::int64_t b, int resident) {
+  std::vector<std::int64_t> free(resident);
+  std::int64_t end = 0;
+  for (std::int64_t block = 0; block < first + second; ++block) {
+    auto place = std::min_element(free.begin(), free.end());
+    *place += block < first ? a : b;
+    end = std::max(end, *place);
+  }
+  return end;
+}
+
 void plans() {
+  for (int resident : {1, 3, 7})
+    for (int first : {0, 1, 3, 8, 22})
+      for (int second : {0, 1, 2, 7, 30})
+        for (int a : {3, 9, 10})
+          for (int b : {2, 3, 16})
+            CHECK(finish_time(first, a, second, b, resident) == simulated(first, a, second, b, resident));
   for (int side : {1, 2, 3, 4, 5, 8, 11, 16, 17, 32})
     for (int resident : {1, 40, 108, 132, 264, 396, 660})
-      for (std::int64_t rows : {1, 255, 256, 257, 5000, 70000, 1 << 20}) {
-        const int tiles = triangle_tiles(side);
-        const Plan plan = make_plan(tiles, rows, resident);
-        CHECK(plan.chunks == (rows + kChunkRows - 1) / kChunkRows);
-        std::vector<std::vector<int>> seen(tiles, std::vector<int>(plan.chunks));
-        std::vector<std::set<int>> blocks(tiles);
-        for (int block = 0; block < plan.blocks(); ++block) {
-          const BlockWork work = plan.work(block);
-          CHECK(work.first < plan.chunks);  // no block is idle
-          for (int chunk = work.first; chunk < plan.chunks; chunk += work.step) ++seen[work.tile][chunk];
-          blocks[work.tile].insert(block);
-        }
-        for (int tile = 0; tile < tiles; ++tile) {
-          for (int count : seen[tile]) CHECK(count == 1);
-          std::set<int> read;  // by the reduction
-          for (int part = 0; part < plan.parts_of(tile); ++part)
-            read.insert(plan.first_of(tile) + part * plan.step_of());
-          CHECK(read == blocks[tile]);
-        }
-        // With much to do the GPU is full: little of it waits for the busiest block.
-        if (rows == 1 << 20) {
-          std::int64_t most = 0;
-          for (int block = plan.whole; block < plan.blocks(); ++block) {
-            const BlockWork work = plan.work(block);
-            const std::int64_t chunks = (plan.chunks - work.first + work.step - 1) / work.step;
-            if (chunks > most) most = chunks;
+      for (std::int64_t rows : {1, 255, 256, 257, 5000, 70000, 1 << 20})
+        for (int on : {2, 3}) {
+          const Plan plan = make_plan(side, rows, resident, on);
+          CHECK(plan.chunks == (rows + kChunkRows - 1) / kChunkRows);
+          CHECK(plan.tiles() == triangle_tiles(side));
+          std::set<std::pair<int, int>> places;
+          for (int tile = 0; tile < plan.tiles(); ++tile) {
+            const TriangleTile at = plan.place(tile);
+            CHECK(0 <= at.row && at.row <= at.column && at.column < side);
+            CHECK((at.row == at.column) == (tile >= plan.beside()));
+            places.insert({at.row, at.column});
           }
-          const std::int64_t waves = (plan.blocks() - plan.whole + resident - 1) / resident;
-          const std::int64_t busy = static_cast<std::int64_t>(plan.whole) * plan.chunks / resident + waves * most;
-          CHECK(static_cast<double>(tiles) * plan.chunks > 0.85 * resident * busy);
+          CHECK(static_cast<int>(places.size()) == plan.tiles());
+          std::vector<std::vector<int>> seen(plan.tiles(), std::vector<int>(plan.chunks));
+          std::vector<std::set<int>> blocks(plan.tiles());
+          for (int block = 0; block < plan.blocks(); ++block) {
+            const BlockWork work = plan.work(block);
+            CHECK(work.first < plan.chunks);  // no block is idle
+            for (int chunk = work.first; chunk < plan.chunks; chunk += work.step) ++seen[work.tile][chunk];
+            blocks[work.tile].insert(block);
+          }
+          for (int tile = 0; tile < plan.tiles(); ++tile) {
+            for (int count : seen[tile]) CHECK(count == 1);
+            std::set<int> read;  // by the reduction
+            for (int part = 0; part < plan.parts_of(tile); ++part)
+              read.insert(plan.first_of(tile) + part * plan.step_of(tile));
+            CHECK(read == blocks[tile]);
+          }
+          if (rows < 1 << 20) continue;
+          // With much to do little of the GPU waits for the last block.
+          const auto length = [&](int parts) { return (plan.chunks + parts - 1) / parts; };
+          const std::int64_t end = finish_time(plan.beside() * plan.parts_beside, 3 * length(plan.parts_beside),
+                                               side * plan.parts_on, on * length(plan.parts_on), resident);
+          const double work = static_cast<double>(plan.chunks) * (3 * plan.beside() + on * side);
+          CHECK(work > 0.88 * resident * end);
         }
-      }
 }
 
 void division() {
@@ -168,6 +191,14 @@ void panel() {
 }
 
 template <typename Tile>
+void inverse(int tile) {
+  for (int position = 0; position < tile * tile; ++position) {
+    const TileElement element = Tile::coordinates(position);
+    CHECK(Tile::position(element.row, element.column) == position);
+  }
+}
+
+template <typename Tile>
 void coordinates(int tile) {
   std::set<int> seen;
   for (int position = 0; position < tile * tile; ++position) {
@@ -176,6 +207,7 @@ void coordinates(int tile) {
     seen.insert(element.row * tile + element.column);
   }
   CHECK(static_cast<int>(seen.size()) == tile * tile);
+  inverse<Tile>(tile);
 }
 
 int main() {
