@@ -53,8 +53,8 @@ Choice choose(const SecondMomentParams& p, Precision precision, MomentFamily fam
   const int room = gpu.shared_bytes / (choice.kernel->shared_bytes + 1024);  // 1 KB of a block is the system's
   const int resident =
       room < choice.kernel->blocks_per_multiprocessor ? room : choice.kernel->blocks_per_multiprocessor;
-  choice.plan = make_plan(triangle_tiles(side), p.images * p.height * p.width,
-                          gpu.multiprocessors * (resident > 0 ? resident : 1));
+  choice.plan = make_plan(side, p.images * p.height * p.width, gpu.multiprocessors * (resident > 0 ? resident : 1),
+                          choice.kernel->work_on_diagonal);
   return choice;
 }
 

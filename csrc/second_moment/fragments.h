@@ -72,6 +72,17 @@ struct MmaTile {
     const int thread = position % kThreads, sum = position / kThreads;
     return element(thread, sum / (4 * kAcross), sum / 4 % kAcross, sum % 4);
   }
+  // Its inverse.
+  static PYREWRITE_BOTH int position(int row, int column) {
+    const int warp = row / kWarpRows * kWarpsAcross + column / kWarpColumns;
+    const int r = row % kGroup, c = column % kGroup;
+    const int number = kSize == 4 ? r / 4 : r % 8, set = kSize == 4 ? r % 4 : r / 8;
+    const int pair = kSize == 4 ? c / 4 : c % 8, across_set = kSize == 4 ? c % 4 : c / 8;
+    const int down = row % kWarpRows / kGroup * 2 + set / 2;
+    const int across = column % kWarpColumns / kGroup * 4 + across_set;
+    const int sum = (down * kAcross + across) * 4 + set % 2 * 2 + pair % 2;
+    return sum * kThreads + warp * 32 + number * 4 + pair / 2;
+  }
 };
 
 }  // namespace pyrewrite

@@ -28,6 +28,7 @@ struct MomentLaunch {
 struct MomentKernel {
   int tile, copy_bytes;
   int blocks_per_multiprocessor;                // as its registers allow
+  int work_on_diagonal;                         // thirds of a tile beside it
   int shared_bytes;                             // of a block
   cudaError_t (*partial)(const MomentLaunch&);  // the blocks' partial sums
   cudaError_t (*reduce)(const MomentLaunch&);   // their sums, added to the moment
@@ -38,12 +39,5 @@ const MomentKernel& simt_kernel(int tile, DType dtype);
 // Tensor cores from compute capability 8.0 on.
 const MomentKernel& sm80_float32_kernel(int tile, Precision precision);
 const MomentKernel& sm80_16bit_kernel(int tile, DType dtype);
-
-// The cheaper side of a tile for d channels: smaller tiles waste less beside the triangle, larger ones read less and do
-// a third more products a load.
-constexpr int tile_for(int d) {
-  const std::int64_t small = (d + 63) / 64, large = (d + 127) / 128;
-  return small * (small + 1) * 64 * 64 * 4 < large * (large + 1) * 128 * 128 * 3 ? 64 : 128;
-}
 
 }  // namespace pyrewrite

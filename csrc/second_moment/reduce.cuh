@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(32 * kReduceGroups)
 #pragma unroll 4
   for (int part = first; part < last; ++part) {
     const Pair pair =
-        workspace[static_cast<std::int64_t>(plan.first_of(tile) + part * plan.step_of()) * kElements + position];
+        workspace[static_cast<std::int64_t>(plan.first_of(tile) + part * plan.step_of(tile)) * kElements + position];
     total += static_cast<double>(pair.sum) + pair.rest;
   }
   sums[group][lane] = total;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(32 * kReduceGroups)
   if (group != 0) return;
   for (int other = 1; other < kReduceGroups; ++other) total += sums[other][lane];
 
-  const TriangleTile at = triangle_tile(tile);
+  const TriangleTile at = plan.place(tile);
   const TileElement element = Traits::coordinates(position);
   const int i = at.row * Traits::kTile + element.row, j = at.column * Traits::kTile + element.column;
   const bool mine = i <= j && j < source.d;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(32 * kReduceGroups)
 
 template <typename Traits>
 cudaError_t reduce_partials(const MomentLaunch& launch) {
-  const dim3 grid(Traits::kTile * Traits::kTile / 32, launch.plan.tiles);
+  const dim3 grid(Traits::kTile * Traits::kTile / 32, launch.plan.tiles());
   const auto run = [&](auto kernel) {
     kernel<<<grid, 32 * kReduceGroups, 0, launch.stream>>>(launch.source, launch.plan, launch.workspace, launch.moment);
     return cudaGetLastError();

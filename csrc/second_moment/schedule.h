@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "second_moment/params.h"
 
@@ -23,9 +24,16 @@ struct TileElement {
   int row, column;
 };
 
-// Tiles are numbered down the columns of the upper triangle: (0,0) (0,1) (1,1) (0,2) ...
+// The cheaper side of a tile for d channels: smaller tiles waste less beside the triangle, larger ones read less and do
+// a third more products a load.
+constexpr int tile_for(int d) {
+  const std::int64_t small = (d + 63) / 64, large = (d + 127) / 128;
+  return small * (small + 1) * 64 * 64 * 4 < large * (large + 1) * 128 * 128 * 3 ? 64 : 128;
+}
+
 PYREWRITE_BOTH int triangle_tiles(int side) { return side * (side + 1) / 2; }
 
+// Tiles down the columns of the upper triangle: (0,0) (0,1) (1,1) (0,2) ...
 PYREWRITE_BOTH TriangleTile triangle_tile(int number) {
   int column = static_cast<int>((__builtin_sqrtf(8.f * number + 1.f) - 1.f) / 2.f);
   while (triangle_tiles(column) > number) --column;  // the root is rounded
@@ -41,41 +49,87 @@ struct BlockWork {
   int tile, first, step;
 };
 
-// The first `whole` tiles are computed by one block each, in full waves of `resident` blocks. The others are split over
-// the rows in `parts`. The block's number is also that of its partial sums in the workspace.
+// The tiles beside the diagonal come first, then those on it; each kind is split over the rows in its own number of
+// parts, since a tile on the diagonal can be less work. A block's number is also that of its partial sums in the
+// workspace.
 struct Plan {
-  int tiles, whole, parts, chunks;
+  int side, chunks;
+  int parts_beside, parts_on;
 
-  PYREWRITE_BOTH int blocks() const { return whole + (tiles - whole) * parts; }
-  PYREWRITE_BOTH BlockWork work(int block) const {
-    if (block < whole) return {block, 0, 1};
-    const int rest = tiles - whole, number = block - whole;
-    return {whole + number % rest, number / rest, parts};
+  PYREWRITE_BOTH int beside() const { return triangle_tiles(side - 1); }
+  PYREWRITE_BOTH int tiles() const { return triangle_tiles(side); }
+  PYREWRITE_BOTH int blocks() const { return beside() * parts_beside + side * parts_on; }
+  PYREWRITE_BOTH TriangleTile place(int tile) const {
+    if (tile >= beside()) return {tile - beside(), tile - beside()};
+    const TriangleTile of_smaller = triangle_tile(tile);
+    return {of_smaller.row, of_smaller.column + 1};
   }
-  // Partial sums of a tile: blocks first_of(tile) + i * step_of(tile), i < parts_of(tile).
-  PYREWRITE_BOTH int first_of(int tile) const { return tile; }
-  PYREWRITE_BOTH int step_of() const { return tiles - whole; }
-  PYREWRITE_BOTH int parts_of(int tile) const { return tile < whole ? 1 : parts; }
+  // Blocks first_of(tile) + i * step_of(tile), i < parts_of(tile), share a tile.
+  PYREWRITE_BOTH int first_of(int tile) const {
+    return tile < beside() ? tile : beside() * parts_beside + tile - beside();
+  }
+  PYREWRITE_BOTH int step_of(int tile) const { return tile < beside() ? beside() : side; }
+  PYREWRITE_BOTH int parts_of(int tile) const { return tile < beside() ? parts_beside : parts_on; }
+  PYREWRITE_BOTH BlockWork work(int block) const {
+    const int number = block - beside() * parts_beside;
+    if (number < 0) return {block % beside(), block / beside(), parts_beside};
+    return {beside() + number % side, number / side, parts_on};
+  }
 };
 
-// `resident`: how many blocks the GPU holds at once. The split depends on nothing else, so the sums are the same bits
-// every time. A part costs about one chunk more than its rows (its partial sums are written and read again).
-inline Plan make_plan(int tiles, std::int64_t rows, int resident) {
-  Plan plan{};
-  plan.tiles = tiles;
-  plan.chunks = static_cast<int>((rows + kChunkRows - 1) / kChunkRows);
-  plan.whole = tiles / resident * resident;
-  plan.parts = 1;
-  const int rest = tiles - plan.whole;
-  const int most = resident < plan.chunks ? resident : plan.chunks;
-  std::int64_t least = -1;
-  for (int parts = 1; rest > 0 && parts <= most; ++parts) {
-    const std::int64_t waves = (static_cast<std::int64_t>(rest) * parts + resident - 1) / resident;
-    const std::int64_t cost = waves * ((plan.chunks + parts - 1) / parts + 1);
-    if (least < 0 || cost < least) {
-      least = cost;
-      plan.parts = parts;
+// When `second` blocks of length b, begun after `first` of length a, are all done, on `resident` places that each take
+// the next block when they are free.
+inline std::int64_t finish_time(std::int64_t first, std::int64_t a, std::int64_t second, std::int64_t b,
+                                std::int64_t resident) {
+  const std::int64_t full = first / resident, late = first % resident;
+  const std::int64_t early_free = full * a, late_free = early_free + (late > 0 ? a : 0);
+  if (second == 0) return late_free;
+  // Blocks done by a time, from both kinds of places; the end is a multiple of b after one of the two.
+  const auto done = [&](std::int64_t time) {
+    return (time < early_free ? 0 : (resident - late) * ((time - early_free) / b)) +
+           (time < late_free ? 0 : late * ((time - late_free) / b));
+  };
+  std::int64_t end = -1;
+  for (const std::int64_t start : {early_free, late_free}) {
+    std::int64_t low = 0, high = (second + resident - 1) / resident + a / b + 2;
+    while (low < high) {
+      const std::int64_t middle = (low + high) / 2;
+      if (done(start + middle * b) >= second)
+        high = middle;
+      else
+        low = middle + 1;
     }
+    if (end < 0 || start + low * b < end) end = start + low * b;
+  }
+  return end > late_free ? end : late_free;
+}
+
+// `resident`: how many blocks the GPU holds at once; `on`: thirds of the work of a tile beside the diagonal that one on
+// it takes. The split depends on nothing else, so the sums are the same bits every time. A part costs about one chunk
+// more than its rows (its partial sums are written and read again).
+inline Plan make_plan(int side, std::int64_t rows, int resident, int on) {
+  Plan plan{side, static_cast<int>((rows + kChunkRows - 1) / kChunkRows), 1, 1};
+  const int beside = plan.beside(), most = resident < plan.chunks ? resident : plan.chunks;
+  const auto length = [&](int parts) { return std::int64_t{(plan.chunks + parts - 1) / parts + 1}; };
+  std::int64_t least = -1;
+  const auto consider = [&](int parts_beside, int parts_on) {
+    if (parts_on < 1 || parts_on > most) return;
+    const std::int64_t time = finish_time(std::int64_t{beside} * parts_beside, 3 * length(parts_beside),
+                                          std::int64_t{side} * parts_on, on * length(parts_on), resident);
+    if (least >= 0 && time >= least) return;
+    least = time;
+    plan.parts_beside = parts_beside;
+    plan.parts_on = parts_on;
+  };
+  // At most eight waves of parts: the workspace stays small beside the input.
+  for (int parts = 1; parts <= most && (parts == 1 || parts * beside <= 8 * resident); ++parts) {
+    if (beside == 0 || parts == 1) {
+      consider(1, parts);
+      if (parts == 1)
+        for (int parts_on = 2; parts_on <= most && parts_on * side <= 8 * resident; ++parts_on) consider(1, parts_on);
+      continue;
+    }
+    for (int shift = -1; shift <= 1; ++shift) consider(parts, parts * on / 3 + shift);
   }
   return plan;
 }

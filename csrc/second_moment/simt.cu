@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   constexpr int kTile = Traits::kTile, kSlice = Traits::kSlice;
   __shared__ alignas(16) float panels[2][2][kSlice * kTile];  // buffer x (rows, columns of the tile) x slice
   const BlockWork work = plan.work(blockIdx.x);
-  const TriangleTile tile = triangle_tile(work.tile);
+  const TriangleTile tile = plan.place(work.tile);
   const bool diagonal = tile.row == tile.column;
   const int across = threadIdx.x % Traits::kAcross * 4, down = threadIdx.x / Traits::kAcross * 4;
 
@@ -201,6 +201,7 @@ constexpr MomentKernel kSimt{
     kTile,
     kCopyBytes,
     SimtTraits<kTile>::kBlocksPerMultiprocessor,
+    3,
     4 * kTile * SimtTraits<kTile>::kSlice * static_cast<int>(sizeof(float)),
     launch_simt<SimtTraits<kTile>>,
     reduce_partials<SimtTraits<kTile>>,

@@ -31,7 +31,7 @@ struct HalfMath {
   using Element = T;
   using Mma = M;
   static constexpr bool kSplit = false;
-  static constexpr int kChainRows = 256, kTotalRows = 8192;
+  static constexpr int kChainRows = 128, kTotalRows = 8192;
 };
 using Float16Math = HalfMath<__half, Fp16>;
 using BFloat16Math = HalfMath<__nv_bfloat16, Bf16>;
@@ -191,8 +191,9 @@ struct WarpProducts {
     }
   }
 
-  // Adds the products of a slice. `rows` and `columns`: the warp's first group in the panels a and b.
-  __device__ __forceinline__ void slice(std::uint32_t a, std::uint32_t b, int rows, int columns) {
+  // Adds the products of a slice. `rows` and `columns`: the warp's first group in the panels a and b. On the diagonal a
+  // split takes two products instead of three, high^T (high / 2 + low): added to its transpose it is the sum.
+  __device__ __forceinline__ void slice(std::uint32_t a, std::uint32_t b, int rows, int columns, bool diagonal) {
     if constexpr (Math::kSplit) {
       // The small products of the whole slice come first: cut sums of small numbers lose little.
 #pragma unroll
@@ -203,13 +204,21 @@ struct WarpProducts {
         parts<Part::low>(right, low);
 #pragma unroll
         for (int group = 0; group < kLeft; ++group) {
-          Fragment left[1], part[1];
+          Fragment left[1];
           load(a, rows + group, step, left);
-          parts<Part::high>(left, part);
-          multiply(group, part[0], low);
-          parts<Part::low>(left, part);
-          multiply(group, part[0], high);
+          parts<Part::high>(left, left);
+          multiply(group, left[0], low);
         }
+        if (diagonal) continue;
+        __syncwarp();
+#pragma unroll
+        for (int group = 0; group < kLeft; ++group) {
+          Fragment left[1];
+          load(a, rows + group, step, left);
+          parts<Part::low>(left, left);
+          multiply(group, left[0], high);
+        }
+        __syncwarp();  // or the compiler would keep all that was loaded, in more registers than there are
       }
     }
 #pragma unroll
@@ -220,6 +229,7 @@ struct WarpProducts {
       constexpr Part kPart = Traits::kSize == 4 ? Part::high : Part::whole;
       parts<kPart>(left, left);
       parts<kPart>(right, right);
+      if constexpr (Math::kSplit) halve(right, diagonal ? 0.5f : 1.f);
 #pragma unroll
       for (int group = 0; group < kLeft; ++group) multiply(group, left[group], right);
     }
@@ -230,6 +240,15 @@ struct WarpProducts {
   static __device__ __forceinline__ void load(std::uint32_t panel, int group, int step, Fragment (&to)[kGroups]) {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) load_fragment<Layout, Traits::kSize, kByRow>(panel, group + i, step, to[i]);
+  }
+  static __device__ __forceinline__ void halve(Fragment (&values)[kRight], float factor) {
+#pragma unroll
+    for (int i = 0; i < kRight; ++i)
+#pragma unroll
+      for (int set = 0; set < 4; ++set)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          values[i][set][half] = __float_as_uint(__uint_as_float(values[i][set][half]) * factor);
   }
   template <Part kPart, int kGroups>
   static __device__ __forceinline__ void parts(const Fragment (&from)[kGroups], Fragment (&to)[kGroups]) {
@@ -254,14 +273,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   extern __shared__ __align__(128) unsigned char stages[];
   const std::uint32_t shared = shared_address(stages);
   const BlockWork work = plan.work(blockIdx.x);
-  const TriangleTile tile = triangle_tile(work.tile);
+  const TriangleTile tile = plan.place(work.tile);
   const bool diagonal = tile.row == tile.column;
   // The warps of a block take turns at the places in the tile: on the diagonal the lower ones have nothing to do, and
   // the four schedulers of a multiprocessor would otherwise not share what remains.
   const int thread = (threadIdx.x + blockIdx.x % (Traits::kThreads / 32) * 32) % Traits::kThreads, warp = thread / 32;
   const int down = warp / Traits::kWarpsAcross * (Traits::kTile / Traits::kWarpsDown);
   const int across = warp % Traits::kWarpsAcross * (Traits::kTile / Traits::kWarpsAcross);
-  const bool needed = !diagonal || down < across + Traits::kTile / Traits::kWarpsAcross;
+  const bool needed = Math::kSplit || !diagonal || down < across + Traits::kTile / Traits::kWarpsAcross;
 
   const int count = (plan.chunks - work.first + work.step - 1) / work.step * kSlices;
   const auto copy = [&](int slice) {
@@ -278,6 +297,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   float total[Traits::kDown][Traits::kAcross][4] = {};
 #pragma unroll
   for (int slice = 0; slice < Traits::kStages - 1; ++slice) copy(slice);
+  Pair* const partial = workspace + static_cast<std::int64_t>(blockIdx.x) * Traits::kTile * Traits::kTile;
+  const auto for_sums = [](auto&& body) {
+#pragma unroll
+    for (int i = 0; i < Traits::kDown; ++i)
+#pragma unroll
+      for (int j = 0; j < Traits::kAcross; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) body(i, j, e);
+  };
   bool written = false;
   for (int slice = 0; slice < count; ++slice) {
     copies_wait<Traits::kStages - 2>();
@@ -285,29 +313,39 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     copy(slice + Traits::kStages - 1);
     if (!needed) continue;
     const std::uint32_t a = shared + slice % Traits::kStages * kStageBytes;
-    chain.slice(a, diagonal ? a : a + Layout::kBytes, down / kGroup, across / kGroup);
+    chain.slice(a, diagonal ? a : a + Layout::kBytes, down / kGroup, across / kGroup, diagonal);
     if ((slice + 1) % (Math::kChainRows / Layout::kRows) != 0) continue;
-#pragma unroll
-    for (int i = 0; i < Traits::kDown; ++i)
-#pragma unroll
-      for (int j = 0; j < Traits::kAcross; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) total[i][j][e] = __fadd_rn(total[i][j][e], chain.sums[i][j][e]);
+    for_sums([&](int i, int j, int e) { total[i][j][e] = __fadd_rn(total[i][j][e], chain.sums[i][j][e]); });
     chain.clear();
     if ((slice + 1) % (Math::kTotalRows / Layout::kRows) != 0 && slice + 1 != count) continue;
-    Pair* to = workspace + static_cast<std::int64_t>(blockIdx.x) * Traits::kTile * Traits::kTile + thread;
-#pragma unroll
-    for (int i = 0; i < Traits::kDown; ++i)
-#pragma unroll
-      for (int j = 0; j < Traits::kAcross; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e, to += Traits::kThreads) {
-          Pair sum = written ? *to : Pair{0.f, 0.f};
-          add_to_pair(sum, total[i][j][e]);
-          *to = sum;
-          total[i][j][e] = 0.f;
-        }
+    Pair* to = partial + thread;
+    if (written) {
+      for_sums([&](int i, int j, int e) {
+        Pair sum = *to;
+        add_to_pair(sum, total[i][j][e]);
+        *to = sum;
+        to += Traits::kThreads;
+      });
+    } else {
+      for_sums([&](int i, int j, int e) {
+        *to = {total[i][j][e], 0.f};
+        to += Traits::kThreads;
+      });
+    }
+    for_sums([&](int i, int j, int e) { total[i][j][e] = 0.f; });
     written = true;
+  }
+  if (Math::kSplit && diagonal) {
+    __syncthreads();
+    for (int position = threadIdx.x; position < Traits::kTile * Traits::kTile; position += Traits::kThreads) {
+      const TileElement element = Traits::coordinates(position);
+      if (element.row > element.column) continue;
+      const Pair mirrored = partial[Traits::position(element.column, element.row)];
+      Pair sum = partial[position];
+      add_to_pair(sum, mirrored.sum);
+      add_to_pair(sum, mirrored.rest);
+      partial[position] = sum;
+    }
   }
 #endif
 }
@@ -334,8 +372,12 @@ cudaError_t launch_sm80(const MomentLaunch& launch) {
 }
 
 template <typename Traits>
-constexpr MomentKernel kSm80{
-    Traits::kTile,          kGranule, Traits::kBlocksPerMultiprocessor, Traits::kSharedBytes, launch_sm80<Traits>,
-    reduce_partials<Traits>};
+constexpr MomentKernel kSm80{Traits::kTile,
+                             kGranule,
+                             Traits::kBlocksPerMultiprocessor,
+                             Traits::Math::kSplit ? 2 : 3,
+                             Traits::kSharedBytes,
+                             launch_sm80<Traits>,
+                             reduce_partials<Traits>};
 
 }  // namespace pyrewrite

@@ -1,0 +1,235 @@
+// Every tile, chunk, row and shared-memory bank of the second moment's kernels, counted. Prints nothing where all is
+// right; test_second_moment_geometry.py builds and runs it.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <set>
+#include <vector>
+
+#include "second_moment/fragments.h"
+#include "second_moment/schedule.h"
+
+using namespace pyrewrite;
+
+#define CHECK(condition)                                                        \
+  do {                                                                          \
+    if (!(condition)) {                                                         \
+      std::printf("%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                             \
+    }                                                                           \
+  } while (false)
+
+void triangle() {
+  int next = 0;
+  for (int column = 0; column < 600; ++column)
+    for (int row = 0; row <= column; ++row, ++next) {
+      const TriangleTile tile = triangle_tile(next);
+      CHECK(tile.row == row && tile.column == column);
+    }
+  CHECK(next == triangle_tiles(600));
+}
+
+// Greedy, one block at a time.
+std::int64_t simulated(std::int64_t first, std::int64_t a, std::int64_t second, std::int64_t b, int resident) {
+  std::vector<std::int64_t> free(resident);
+  std::int64_t end = 0;
+  for (std::int64_t block = 0; block < first + second; ++block) {
+    auto place = std::min_element(free.begin(), free.end());
+    *place += block < first ? a : b;
+    end = std::max(end, *place);
+  }
+  return end;
+}
+
+void plans() {
+  for (int resident : {1, 3, 7})
+    for (int first : {0, 1, 3, 8, 22})
+      for (int second : {0, 1, 2, 7, 30})
+        for (int a : {3, 9, 10})
+          for (int b : {2, 3, 16})
+            CHECK(finish_time(first, a, second, b, resident) == simulated(first, a, second, b, resident));
+  for (int side : {1, 2, 3, 4, 5, 8, 11, 16, 17, 32})
+    for (int resident : {1, 40, 108, 132, 264, 396, 660})
+      for (std::int64_t rows : {1, 255, 256, 257, 5000, 70000, 1 << 20})
+        for (int on : {2, 3}) {
+          const Plan plan = make_plan(side, rows, resident, on);
+          CHECK(plan.chunks == (rows + kChunkRows - 1) / kChunkRows);
+          CHECK(plan.tiles() == triangle_tiles(side));
+          std::set<std::pair<int, int>> places;
+          for (int tile = 0; tile < plan.tiles(); ++tile) {
+            const TriangleTile at = plan.place(tile);
+            CHECK(0 <= at.row && at.row <= at.column && at.column < side);
+            CHECK((at.row == at.column) == (tile >= plan.beside()));
+            places.insert({at.row, at.column});
+          }
+          CHECK(static_cast<int>(places.size()) == plan.tiles());
+          std::vector<std::vector<int>> seen(plan.tiles(), std::vector<int>(plan.chunks));
+          std::vector<std::set<int>> blocks(plan.tiles());
+          for (int block = 0; block < plan.blocks(); ++block) {
+            const BlockWork work = plan.work(block);
+            CHECK(work.first < plan.chunks);  // no block is idle
+            for (int chunk = work.first; chunk < plan.chunks; chunk += work.step) ++seen[work.tile][chunk];
+            blocks[work.tile].insert(block);
+          }
+          for (int tile = 0; tile < plan.tiles(); ++tile) {
+            for (int count : seen[tile]) CHECK(count == 1);
+            std::set<int> read;  // by the reduction
+            for (int part = 0; part < plan.parts_of(tile); ++part)
+              read.insert(plan.first_of(tile) + part * plan.step_of(tile));
+            CHECK(read == blocks[tile]);
+          }
+          if (rows < 1 << 20) continue;
+          // With much to do little of the GPU waits for the last block.
+          const auto length = [&](int parts) { return (plan.chunks + parts - 1) / parts; };
+          const std::int64_t end = finish_time(plan.beside() * plan.parts_beside, 3 * length(plan.parts_beside),
+                                               side * plan.parts_on, on * length(plan.parts_on), resident);
+          const double work = static_cast<double>(plan.chunks) * (3 * plan.beside() + on * side);
+          CHECK(work > 0.88 * resident * end);
+        }
+}
+
+void division() {
+  std::vector<std::uint32_t> divisors;
+  for (std::uint32_t d = 1; d < 3000; ++d) divisors.push_back(d);
+  for (std::uint32_t d : {4095u, 4096u, 4097u, 65535u, 65536u, 1000003u, 1u << 29, (1u << 30) - 1, 1u << 30})
+    divisors.push_back(d);
+  for (std::uint32_t d : divisors) {
+    const Divider divide = make_divider(d);
+    for (std::uint32_t n = 0; n < 3000; ++n) CHECK(divide(n) == n / d);
+    for (std::uint64_t at = d; at < 0x7fffff00u; at += at / 3 + d)
+      for (int by = -1; by <= 1; ++by) {
+        const std::uint32_t n = static_cast<std::uint32_t>(at / d * d + by);
+        CHECK(divide(n) == n / d);
+      }
+  }
+}
+
+void rows() {
+  for (std::int64_t images : {1, 3})
+    for (std::int64_t height : {1, 5})
+      for (std::int64_t width : {1, 4, 7})
+        for (std::int64_t column : {std::int64_t{1}, std::int64_t{6}, height * 6})
+          for (std::int64_t row : {width * column, std::int64_t{6}, std::int64_t{100}})
+            for (std::int64_t image : {height * row, height * width * column, std::int64_t{1000}}) {
+              SecondMomentParams p{};
+              p.dtype = DType::float32;
+              p.images = images, p.height = height, p.width = width, p.d = 3;
+              p.image_stride = image, p.row_stride = row, p.column_stride = column, p.channel_stride = 17;
+              const Source source = make_source(joined(p));
+              CHECK(source.rows == images * height * width);
+              std::uint32_t n = 0;
+              for (std::int64_t i = 0; i < images; ++i)
+                for (std::int64_t h = 0; h < height; ++h)
+                  for (std::int64_t w = 0; w < width; ++w, ++n)
+                    CHECK(source.offset(n) == i * image + h * row + w * column);
+            }
+}
+
+// Sixteen bytes each by eight lanes: one trip when their groups of four banks differ.
+void one_trip(const std::vector<int>& addresses) {
+  std::set<int> banks;
+  for (int address : addresses) {
+    CHECK(address % kGranule == 0);
+    banks.insert(address / kGranule % 8);
+  }
+  CHECK(banks.size() == addresses.size());
+}
+
+template <int kTile, int kSize, bool kByRow>
+void panel() {
+  using Layout = PanelLayout<kTile, kSize, kByRow>;
+  constexpr int kLines = Layout::kGranules / Layout::kLine, kElements = Layout::kElements;
+  struct Element {
+    int channel, k;
+  };
+  std::vector<Element> memory(Layout::kBytes / kSize, Element{-1, -1});
+  for (int line = 0; line < kLines; ++line)
+    for (int granule = 0; granule < Layout::kLine; ++granule) {
+      const int at = Layout::at(line, granule);
+      CHECK(at >= 0 && at + kGranule <= Layout::kBytes && at % kGranule == 0);
+      for (int e = 0; e < kElements; ++e) {
+        Element& element = memory[at / kSize + e];
+        CHECK(element.channel == -1);
+        const int along = granule * kElements + e;
+        element = kByRow ? Element{along, line} : Element{line, along};
+      }
+      if (granule % 8 == 0) {  // eight lanes of a copy
+        std::vector<int> addresses;
+        for (int i = 0; i < 8; ++i) addresses.push_back(Layout::at(line, granule + i));
+        one_trip(addresses);
+      }
+    }
+  for (int group = 0; group < kTile / kGroup; ++group)
+    for (int step = 0; step < 4; ++step)
+      for (int load = 0; load < 2; ++load) {
+        std::vector<int> address;
+        for (int lane = 0; lane < 32; ++lane)
+          address.push_back(fragment_at<Layout, kSize, kByRow>(group, step, load, lane));
+        for (int phase = 0; phase < 4; ++phase)
+          one_trip(std::vector<int>(address.begin() + 8 * phase, address.begin() + 8 * phase + 8));
+        for (int lane = 0; lane < 32; ++lane)
+          for (int word = 0; word < 4; ++word)
+            for (int half_word = 0; half_word < 4 / kSize; ++half_word) {
+              // What the lane's register `word` then holds, by the instruction's definition.
+              int set, half, place;
+              if (kByRow && kSize == 4) {  // 16 bytes of its own
+                set = word, half = load;
+                place = address[lane] / kSize + word;
+              } else {
+                set = 2 * load + word % 2, half = word / 2;
+                if (kByRow)  // transposed: row 2 * (lane % 4) + half_word, column lane / 4 of matrix `word`
+                  place = address[8 * word + 2 * (lane % 4) + half_word] / kSize + lane / 4;
+                else  // row lane / 4, its word lane % 4
+                  place = address[8 * word + lane / 4] / kSize + lane % 4 * (4 / kSize) + half_word;
+              }
+              const int k =
+                  kSize == 4 ? 8 * step + 4 * half + lane % 4 : 16 * step + 8 * half + 2 * (lane % 4) + half_word;
+              CHECK(memory[place].channel == kGroup * group + channel_in<kSize>(lane / 4, set));
+              CHECK(memory[place].k == k);
+            }
+      }
+}
+
+template <typename Tile>
+void inverse(int tile) {
+  for (int position = 0; position < tile * tile; ++position) {
+    const TileElement element = Tile::coordinates(position);
+    CHECK(Tile::position(element.row, element.column) == position);
+  }
+}
+
+template <typename Tile>
+void coordinates(int tile) {
+  std::set<int> seen;
+  for (int position = 0; position < tile * tile; ++position) {
+    const TileElement element = Tile::coordinates(position);
+    CHECK(element.row >= 0 && element.row < tile && element.column >= 0 && element.column < tile);
+    seen.insert(element.row * tile + element.column);
+  }
+  CHECK(static_cast<int>(seen.size()) == tile * tile);
+  inverse<Tile>(tile);
+}
+
+int main() {
+  triangle();
+  plans();
+  division();
+  rows();
+  panel<64, 4, true>();
+  panel<64, 4, false>();
+  panel<64, 2, true>();
+  panel<64, 2, false>();
+  panel<128, 4, true>();
+  panel<128, 4, false>();
+  panel<128, 2, true>();
+  panel<128, 2, false>();
+  coordinates<MmaTile<64, 32, 32, 4>>(64);
+  coordinates<MmaTile<64, 32, 32, 2>>(64);
+  coordinates<MmaTile<128, 64, 32, 4>>(128);
+  coordinates<MmaTile<128, 64, 32, 2>>(128);
+  for (int d = 1; d < 5000; ++d) {
+    const int tile = tile_for(d);
+    CHECK(tile == 64 || tile == 128);
+    CHECK(d > 64 || tile == 64);
+  }
+}
