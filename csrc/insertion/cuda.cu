@@ -23,12 +23,12 @@ __global__ void schedule_kernel(double lr, double beta1, double beta2, double ep
   schedule[i] = a;
 }
 
-// losses[i] = the sum over the blocks, in their order.
-__global__ void loss_kernel(const double* block_losses, int blocks, int count, double* losses) {
+// losses[i] = the sum over the rows, in their order.
+__global__ void loss_kernel(const double* block_losses, int rows, int count, double* losses) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= count) return;
   double sum = 0;
-  for (int block = 0; block < blocks; ++block) sum += block_losses[std::int64_t(block) * count + i];
+  for (int row = 0; row < rows; ++row) sum += block_losses[std::int64_t(row) * count + i];
   losses[i] = sum;
 }
 
@@ -121,6 +121,18 @@ cudaError_t describe(int device, InsertionDevice* found) {
   return error;
 }
 
+struct Choice {
+  InsertionPlan plan;
+  cudaError_t (*launch)(const InsertionProblem&, const InsertionPlan&, cudaStream_t);
+};
+
+// The rule: the kernel for one small target with few directions wherever it takes the problem, else the general one.
+Choice choose(const InsertionProblem& p, const InsertionDevice& device) {
+  const InsertionPlan plan = plan_resident(p, device);
+  if (plan.blocks > 0) return {plan, launch_resident};
+  return {plan_general(p, device), launch_general};
+}
+
 }  // namespace
 
 Status insertion_cuda(const InsertionParams& params, int device, std::uintptr_t stream_handle, bool wait) {
@@ -134,13 +146,14 @@ Status insertion_cuda(const InsertionParams& params, int device, std::uintptr_t 
   if (error != cudaSuccess) return cuda_status(error, "asking for the device's sizes", device);
 
   InsertionProblem p = problem_of(params);
-  const InsertionPlan plan = plan_general(p, found);
+  const Choice choice = choose(p, found);
+  const InsertionPlan& plan = choice.plan;
   if (plan.blocks == 0)
     return Status::error(Status::kUnsupported,
                          "insertion: rank %d with %d taps needs more shared memory than the %d bytes of GPU %d; "
                          "impl='torch' takes it",
                          p.rank, p.taps, found.shared_bytes, device);
-  const std::size_t loss_bytes = sizeof(double) * plan.blocks * p.count;
+  const std::size_t loss_bytes = sizeof(double) * plan.loss_rows * p.count;
   const Scratch scratch(loss_bytes + sizeof(AdamStep) * p.count, stream);
   if (scratch.error() != cudaSuccess) return cuda_status(scratch.error(), "insertion's scratch memory", device);
   p.block_losses = reinterpret_cast<double*>(scratch.data());
@@ -150,9 +163,9 @@ Status insertion_cuda(const InsertionParams& params, int device, std::uintptr_t 
   schedule_kernel<<<blocks, kThreads, 0, stream>>>(params.lr, params.beta1, params.beta2, params.eps, params.first,
                                                    p.count, schedule);
   error = cudaGetLastError();
-  if (error == cudaSuccess) error = launch_general(p, plan, stream);
+  if (error == cudaSuccess) error = choice.launch(p, plan, stream);
   if (error == cudaSuccess) {
-    loss_kernel<<<blocks, kThreads, 0, stream>>>(p.block_losses, plan.blocks, p.count, params.losses);
+    loss_kernel<<<blocks, kThreads, 0, stream>>>(p.block_losses, plan.loss_rows, p.count, params.losses);
     error = cudaGetLastError();
   }
   if (error == cudaSuccess && wait) error = cudaStreamSynchronize(stream);

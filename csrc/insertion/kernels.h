@@ -23,23 +23,29 @@ struct InsertionProblem {
   float up, down;            // the activation's slopes, gain included
   const AdamStep* schedule;  // count
   float *lambda, *exp_avg, *exp_avg_sq;
-  double* block_losses;  // blocks x count: each block's part of the loss of each step
-};
-
-// The regimes: each says whether it takes a problem on this device, and how many blocks write losses.
-struct InsertionPlan {
-  int blocks;  // 0: does not take it
-  int channels_per_block;
-  int shared_bytes;
-  bool resident;  // base and goal stay in shared memory
+  double* block_losses;  // rows x count: parts of the loss of each step
 };
 
 struct InsertionDevice {
   int multiprocessors, shared_bytes;
 };
 
+// How a kernel would run a problem on a device.
+struct InsertionPlan {
+  int blocks;  // 0: it does not take the problem
+  int channels_per_block;
+  int shared_bytes;
+  bool resident;  // base and goal stay in shared memory
+  int loss_rows;  // of block_losses
+};
+
+// Any shape.
 InsertionPlan plan_general(const InsertionProblem& p, const InsertionDevice& device);
 cudaError_t launch_general(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream);
+
+// One small target, few directions.
+InsertionPlan plan_resident(const InsertionProblem& p, const InsertionDevice& device);
+cudaError_t launch_resident(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream);
 
 #if defined(__CUDACC__)
 namespace {

@@ -198,6 +198,13 @@ KERNEL_CASES = [
         "sizes": ((24, 24),),
         "demodulate": True,
     },  # keys larger than the kernel's small regime
+    {"o": 5, "rank": 1, "i": 8, "sizes": ((9, 11),), "demodulate": True},
+    {"o": 1, "rank": 1, "i": 8, "sizes": ((1, 3),)},
+    {"o": 150, "rank": 1, "i": 8, "sizes": ((4, 6),), "taps": 4, "demodulate": True},
+    {"o": 301, "rank": 1, "i": 8, "sizes": ((17, 5),), "demodulate": True},
+    {"o": 3, "rank": 2, "i": 8, "sizes": ((6, 8),), "taps": 4, "demodulate": True},
+    {"o": 5, "rank": 3, "i": 8, "sizes": ((7, 2),)},
+    {"o": 270, "rank": 4, "i": 8, "sizes": ((5, 9),), "demodulate": True},
 ]
 
 
