@@ -115,7 +115,9 @@ InsertionProblem problem_of(const InsertionParams& p) {
 }
 
 cudaError_t describe(int device, InsertionDevice* found) {
-  cudaError_t error = cudaDeviceGetAttribute(&found->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaError_t error = cudaDeviceGetAttribute(&found->major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&found->multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&found->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return error;
@@ -126,10 +128,13 @@ struct Choice {
   cudaError_t (*launch)(const InsertionProblem&, const InsertionPlan&, cudaStream_t);
 };
 
-// The rule: the kernel for one small target with few directions wherever it takes the problem, else the general one.
+// The rule: the kernel for one small target with few directions where it takes the problem; else that of clusters where
+// the GPU has them and it takes the problem; else the general one.
 Choice choose(const InsertionProblem& p, const InsertionDevice& device) {
-  const InsertionPlan plan = plan_resident(p, device);
+  InsertionPlan plan = plan_resident(p, device);
   if (plan.blocks > 0) return {plan, launch_resident};
+  plan = plan_cluster(p, device);
+  if (plan.blocks > 0) return {plan, launch_cluster};
   return {plan_general(p, device), launch_general};
 }
 
@@ -154,10 +159,13 @@ Status insertion_cuda(const InsertionParams& params, int device, std::uintptr_t 
                          "impl='torch' takes it",
                          p.rank, p.taps, found.shared_bytes, device);
   const std::size_t loss_bytes = sizeof(double) * plan.loss_rows * p.count;
-  const Scratch scratch(loss_bytes + sizeof(AdamStep) * p.count, stream);
+  const std::size_t own_bytes = sizeof(float) * plan.scratch_floats;
+  const Scratch scratch(own_bytes + loss_bytes + sizeof(AdamStep) * p.count, stream);
   if (scratch.error() != cudaSuccess) return cuda_status(scratch.error(), "insertion's scratch memory", device);
-  p.block_losses = reinterpret_cast<double*>(scratch.data());
-  AdamStep* schedule = reinterpret_cast<AdamStep*>(scratch.data() + loss_bytes);
+  p.scratch = reinterpret_cast<float*>(scratch.data());
+  p.segments = plan.segments;
+  p.block_losses = reinterpret_cast<double*>(scratch.data() + own_bytes);
+  AdamStep* schedule = reinterpret_cast<AdamStep*>(scratch.data() + own_bytes + loss_bytes);
   p.schedule = schedule;
   const int blocks = (p.count + kThreads - 1) / kThreads;
   schedule_kernel<<<blocks, kThreads, 0, stream>>>(params.lr, params.beta1, params.beta2, params.eps, params.first,

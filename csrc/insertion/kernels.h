@@ -23,11 +23,13 @@ struct InsertionProblem {
   float up, down;            // the activation's slopes, gain included
   const AdamStep* schedule;  // count
   float *lambda, *exp_avg, *exp_avg_sq;
+  float* scratch;        // as the plan asks
+  int segments;          // that a block of a cluster has at most
   double* block_losses;  // rows x count: parts of the loss of each step
 };
 
 struct InsertionDevice {
-  int multiprocessors, shared_bytes;
+  int major, multiprocessors, shared_bytes;
 };
 
 // How a kernel would run a problem on a device.
@@ -37,6 +39,8 @@ struct InsertionPlan {
   int shared_bytes;
   bool resident;  // base and goal stay in shared memory
   int loss_rows;  // of block_losses
+  int segments;   // see InsertionProblem
+  std::int64_t scratch_floats;
 };
 
 // Any shape.
@@ -46,6 +50,10 @@ cudaError_t launch_general(const InsertionProblem& p, const InsertionPlan& plan,
 // One small target, few directions.
 InsertionPlan plan_resident(const InsertionProblem& p, const InsertionDevice& device);
 cudaError_t launch_resident(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream);
+
+// Several targets or many directions, on a GPU with clusters.
+InsertionPlan plan_cluster(const InsertionProblem& p, const InsertionDevice& device);
+cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream);
 
 #if defined(__CUDACC__)
 namespace {

@@ -378,7 +378,7 @@ InsertionPlan plan(const InsertionProblem& p, const InsertionDevice& device, int
   const Layout at = layout_of(R, p.heights[0], p.widths[0], channels, Traits<R, C>::kWarps * Traits<R, C>::kSums);
   if (4 * at.size > device.shared_bytes) return {};
   const int blocks = (p.channels + channels - 1) / channels;
-  return {blocks, channels, 4 * at.size, true, blocks * channels};
+  return {blocks, channels, 4 * at.size, true, blocks * channels, 0, 0};
 }
 
 }  // namespace
