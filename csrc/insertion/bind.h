@@ -7,20 +7,27 @@
 #include <array>
 #include <cstdint>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "insertion/params.h"
 
 namespace pyrewrite {
 
-// sizes: channels, rank, taps, first step, steps. problem: base, keys, goal, noise, weight, bias, energy, cross, gram,
-// penalty scale, penalty matrix (0: null). state: lambda, exp_avg, exp_avg_sq, losses. settings: slope, gain, lr,
-// beta1, beta2, eps.
-inline void insertion_steps_cpu(const std::array<int, 5>& sizes, const std::vector<std::int64_t>& starts,
-                                const std::array<std::uintptr_t, 11>& problem,
-                                const std::array<std::uintptr_t, 4>& state, const std::array<double, 6>& settings,
-                                int threads) {
+using InsertionSizesList = std::array<int, 5>;           // channels, rank, taps, first step, steps
+using InsertionShape = std::tuple<int, int, bool>;       // kernel height, kernel width, flipped
+using InsertionArrays = std::array<std::uintptr_t, 11>;  // base, keys, goal, noise, weight, bias, energy, cross, gram,
+                                                         // penalty scale, penalty matrix (0: null)
+using InsertionState = std::array<std::uintptr_t, 4>;    // lambda, exp_avg, exp_avg_sq, losses
+using InsertionNumbers = std::array<double, 6>;          // slope, gain, lr, beta1, beta2, eps
+
+// starts: B + 1. shapes: height and width of each target.
+inline InsertionParams insertion_params(const InsertionSizesList& sizes, const std::vector<std::int64_t>& starts,
+                                        const InsertionShape& shape, const std::vector<int>& shapes,
+                                        const InsertionArrays& problem, const InsertionState& state,
+                                        const InsertionNumbers& settings) {
   if (starts.size() < 2) throw pybind11::value_error("insertion: no targets");
+  if (shapes.size() != 2 * (starts.size() - 1)) throw pybind11::value_error("insertion: a shape for each target");
   const auto in = [&](int i) { return reinterpret_cast<const float*>(problem[i]); };
   const auto out = [&](int i) { return reinterpret_cast<float*>(state[i]); };
   InsertionParams p;
@@ -32,6 +39,8 @@ inline void insertion_steps_cpu(const std::array<int, 5>& sizes, const std::vect
   p.targets = static_cast<int>(starts.size()) - 1;
   p.pixels = starts.back();
   p.starts = starts.data();
+  std::tie(p.kernel_height, p.kernel_width, p.flipped) = shape;
+  p.shapes = shapes.data();
   p.base = in(0);
   p.keys = in(1);
   p.goal = in(2);
@@ -53,10 +62,16 @@ inline void insertion_steps_cpu(const std::array<int, 5>& sizes, const std::vect
   p.beta1 = settings[3];
   p.beta2 = settings[4];
   p.eps = settings[5];
+  return p;
+}
+
+// Runs a kernel without the global lock and raises what it reports.
+template <class Kernel>
+void run_insertion(Kernel kernel) {
   Status status;
   {
     pybind11::gil_scoped_release released;
-    status = insertion_cpu(p, threads);
+    status = kernel();
   }
   if (status.ok()) return;
   if (status.kind == Status::kInvalid) throw pybind11::value_error(status.message);
@@ -65,8 +80,28 @@ inline void insertion_steps_cpu(const std::array<int, 5>& sizes, const std::vect
 
 inline void bind_insertion(pybind11::module_& m) {
   namespace py = pybind11;
-  m.def("insertion_steps_cpu", &insertion_steps_cpu, py::arg("sizes"), py::arg("starts"), py::arg("problem"),
-        py::arg("state"), py::arg("settings"), py::arg("threads"));
+  m.def(
+      "insertion_steps_cpu",
+      [](const InsertionSizesList& sizes, const std::vector<std::int64_t>& starts, const InsertionShape& shape,
+         const std::vector<int>& shapes, const InsertionArrays& problem, const InsertionState& state,
+         const InsertionNumbers& settings, int threads) {
+        const InsertionParams p = insertion_params(sizes, starts, shape, shapes, problem, state, settings);
+        run_insertion([&] { return insertion_cpu(p, threads); });
+      },
+      py::arg("sizes"), py::arg("starts"), py::arg("shape"), py::arg("shapes"), py::arg("problem"), py::arg("state"),
+      py::arg("settings"), py::arg("threads"));
+#ifdef PYREWRITE_HAS_CUDA
+  m.def(
+      "insertion_steps_cuda",
+      [](const InsertionSizesList& sizes, const std::vector<std::int64_t>& starts, const InsertionShape& shape,
+         const std::vector<int>& shapes, const InsertionArrays& problem, const InsertionState& state,
+         const InsertionNumbers& settings, int device, std::uintptr_t stream, bool wait) {
+        const InsertionParams p = insertion_params(sizes, starts, shape, shapes, problem, state, settings);
+        run_insertion([&] { return insertion_cuda(p, device, stream, wait); });
+      },
+      py::arg("sizes"), py::arg("starts"), py::arg("shape"), py::arg("shapes"), py::arg("problem"), py::arg("state"),
+      py::arg("settings"), py::arg("device"), py::arg("stream"), py::arg("wait"));
+#endif
 }
 
 }  // namespace pyrewrite

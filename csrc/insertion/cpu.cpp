@@ -22,7 +22,7 @@ struct Scratch {
 
 std::int64_t aligned(std::int64_t size) { return (size + kAlign - 1) / kAlign * kAlign; }
 
-AdamStep adam_step(const InsertionParams& p, int step) {
+AdamStep adam_settings(const InsertionParams& p, int step) {
   AdamStep a;
   a.rise1 = static_cast<float>(1 - p.beta1);
   a.keep2 = static_cast<float>(p.beta2);
@@ -58,7 +58,7 @@ Status insertion_cpu(const InsertionParams& p, int threads) {
   if (shared.floats == nullptr || scratch.floats == nullptr || !losses || !schedule)
     return Status::error(Status::kUnsupported, "insertion: no memory for %lld floats of scratch",
                          static_cast<long long>(sizes.shared + part_floats * parts));
-  for (int step = 0; step < p.count; ++step) schedule[step] = adam_step(p, p.first + step + 1);
+  for (int step = 0; step < p.count; ++step) schedule[step] = adam_settings(p, p.first + step + 1);
   PYREWRITE_DISPATCH(insertion_pack)(p, shared.floats);
   // No thread waits for another before the last step: the channels are independent.
   parallel_parts(parts, [&](int part) {

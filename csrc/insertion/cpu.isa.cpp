@@ -40,7 +40,16 @@ inline Vec root(Vec v) {
 #endif
 }
 
-inline Vec select(Mask mask, Vec yes, Vec no) { return (Vec)((mask & (Mask)yes) | (~mask & (Mask)no)); }
+// What step.h needs of vectors.
+struct VectorOps {
+  static Vec choose(Vec z, Vec positive, Vec other) {
+    const Mask mask = z > 0.f;
+    return (Vec)((mask & (Mask)positive) | (~mask & (Mask)other));
+  }
+  static Vec magnitude(Vec x) { return (Vec)((Mask)x & ~(Mask)fill(-0.f)); }
+  static Vec signed_as(Vec x, Vec d) { return (Vec)(((Mask)x ^ ((Mask)d & (Mask)fill(-0.f))) & (Mask)(d != 0.f)); }
+  static Vec root(Vec x) { return PYREWRITE_ISA::root(x); }
+};
 
 // acc[row][vector] += sum over k of left[k * 6 + row] * right[k * stride + vector]: a tile of packed rows times a
 // matrix.
@@ -134,7 +143,6 @@ void run_chunk(const InsertionParams& p, const Pixels& x, float* block, const Bl
     bias[v] = load(block + at.bias + v * kLanes);
   }
   const Vec up = fill(p.gain), down = fill(p.gain * p.negative_slope);
-  const Mask sign_bit = (Mask)fill(-0.f);
   for (std::int64_t tile = 0; tile < x.tiles; ++tile) {
     Vec y[kTile][kVectors];
 #pragma GCC unroll 6
@@ -149,13 +157,8 @@ void run_chunk(const InsertionParams& p, const Pixels& x, float* block, const Bl
       const Vec noise = fill(x.noise[i]), weight = fill(x.weight[i]);
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
-        const Vec z = y[pixel][v] * demod[v] + (noise + bias[v]);
-        const Vec factor = select(z > 0.f, up, down);
-        const Vec difference = z * factor - load(goal + i * kBlock + v * kLanes);
-        loss[v] += weight * (Vec)((Mask)difference & ~sign_bit);
-        // weight * factor * sign(difference), with the sign of 0 being 0
-        const Mask sign = (Mask)difference & sign_bit;
-        const Vec by_z = (Vec)(((Mask)(weight * factor) ^ sign) & (Mask)(difference != 0.f));
+        const Vec by_z = pixel_step<VectorOps>(y[pixel][v], demod[v], noise + bias[v],
+                                               load(goal + i * kBlock + v * kLanes), weight, up, down, loss[v]);
         by_demod[v] += by_z * y[pixel][v];
         store(by_y + i * kBlock + v * kLanes, by_z * demod[v]);
       }
@@ -241,14 +244,11 @@ void finish_target(const InsertionParams& p, int b, float* block, const BlockLay
 void update(const InsertionParams& p, const AdamStep& a, float* block, const BlockLayout& at) {
   const std::int64_t size = std::int64_t(p.rank) * p.taps * kBlock;
   for (std::int64_t i = 0; i < size; i += kLanes) {
-    const Vec gradient = load(block + at.gradient + i);
-    const Vec old = load(block + at.exp_avg + i);
-    const Vec mean = old + a.rise1 * (gradient - old);
-    const Vec square = load(block + at.exp_avg_sq + i) * a.keep2 + (gradient * gradient) * a.rise2;
-    const Vec divisor = root(square) / a.root_correction2 + a.eps;
+    Vec mean = load(block + at.exp_avg + i), square = load(block + at.exp_avg_sq + i);
+    store(block + at.lambda + i,
+          adam_step<VectorOps>(load(block + at.lambda + i), load(block + at.gradient + i), mean, square, a));
     store(block + at.exp_avg + i, mean);
     store(block + at.exp_avg_sq + i, square);
-    store(block + at.lambda + i, load(block + at.lambda + i) + (a.rate * mean) / divisor);
   }
 }
 

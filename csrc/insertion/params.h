@@ -7,6 +7,7 @@
 
 #include "common/cpu.h"
 #include "common/status.h"
+#include "insertion/step.h"
 
 namespace pyrewrite {
 
@@ -17,6 +18,12 @@ struct InsertionParams {
   int targets;                 // B
   std::int64_t pixels;         // N
   const std::int64_t* starts;  // B + 1: first pixel of each target, and N
+
+  // Where the keys come from, for kernels that store each key once: row (d, ty, tx) of `keys` at pixel (y, x) of target
+  // b is map_d[y + ty][x + tx], or map_d[y + kh - 1 - ty][x + kw - 1 - tx] where `flipped`.
+  int kernel_height, kernel_width;  // kh, kw
+  const int* shapes;                // B x 2   height and width of each target
+  bool flipped;
 
   const float* base;    // O x N   scale * conv(key, W0)
   const float* keys;    // K x N   scale * the unfolded D key
@@ -47,15 +54,10 @@ struct InsertionParams {
   double* losses;     // count: the loss before each step, without the penalty
 };
 
-// The numbers of one step's update, as torch.optim.Adam computes them (eps stands outside the root).
-struct AdamStep {
-  float rise1, keep2, rise2;  // 1 - beta1, beta2, 1 - beta2
-  float root_correction2;     // sqrt(1 - beta2^t)
-  float eps;
-  float rate;  // -lr / (1 - beta1^t)
-};
-
 Status insertion_cpu(const InsertionParams& params, int threads);
+// All pointers but `starts` and `shapes` are the device's. On the given device and stream, asynchronously; the caller's
+// current device is restored. `wait` waits for the end.
+Status insertion_cuda(const InsertionParams& params, int device, std::uintptr_t stream, bool wait);
 
 // Floats of scratch that the variant for this processor needs, and how it groups the channels.
 struct InsertionSizes {

@@ -11,6 +11,7 @@ kernel.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from pyrewrite.ops.insertion_geometry import (
     unfold_keys,
     upsample_margins,
 )
-from pyrewrite.ops.insertion_kernel import run_steps_cpu
+from pyrewrite.ops.insertion_kernel import run_steps
 
 __all__ = [
     "ConvLayer",
@@ -94,6 +95,9 @@ class InsertionProblem:
              energy + 2 <Lambda_o, cross> + <Lambda_o, gram Lambda_o>, the factor scale^2 and 1e-8 included; None: no
              demodulation
     penalty  q (O) and P (r x r): adds mean_o q_o <Lambda_o, P Lambda_o>; or None
+    shapes   B pairs: height and width of each target
+    flipped  how the rows of keys follow from one map a direction: row (d, ty, tx) at pixel (y, x) is map_d[y + ty][x +
+             tx], or, flipped, map_d[y + kh - 1 - ty][x + kw - 1 - tx]
     """
 
     base: Tensor
@@ -110,6 +114,8 @@ class InsertionProblem:
     kernel: tuple[int, int]
     negative_slope: float
     gain: float
+    shapes: list[tuple[int, int]]
+    flipped: bool
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
@@ -167,7 +173,7 @@ def prepare(
     if layer.demodulate and loop:
         modulated = (square[:, None, :] * direction).flatten(0, 1)  # (B r) x I
         cross = modulated @ weight.transpose(0, 1).flatten(1)  # (B r) x (O kh kw)
-        cross = cross.reshape(len(targets), rank, o, -1).transpose(1, 2).flatten(2)  # B x O x K
+        cross = cross.reshape(len(targets), rank, o, -1).transpose(1, 2).flatten(2).contiguous()  # B x O x K
         gram = (modulated @ direction.t()).unflatten(0, (len(targets), rank))  # B x r x r
 
     return InsertionProblem(
@@ -185,6 +191,8 @@ def prepare(
         kernel=kernel,
         negative_slope=layer.negative_slope,
         gain=layer.gain,
+        shapes=[tuple(target.goal.shape[1:]) for target in targets],
+        flipped=layer.blur is not None,
     )
 
 
@@ -196,7 +204,7 @@ def check_penalty(penalty: Penalty | None, o: int, rank: int, like: Tensor) -> P
         raise TypeError(f"penalty: expected a pair (q, P), got {type(penalty).__name__}")
     q = check_tensor("penalty[0] (q)", penalty[0], (o,), like)
     matrix = check_tensor("penalty[1] (P)", penalty[1], (rank, rank), like)
-    return q, (matrix + matrix.t()) / 2
+    return q, ((matrix + matrix.t()) / 2).contiguous()
 
 
 # -- the reference loop ------------------------------------------------------------------------------------------------
@@ -318,7 +326,9 @@ def insert_low_rank(
     losses = torch.zeros(steps, dtype=torch.float64, device=lambda_.device)
     with torch.no_grad():
         done = 0
-        for count in paced(steps):
+        # Without a callback a GPU takes all steps in one launch: there is nothing to wake up for.
+        launch = impl == "cuda" or (impl is None and problem.base.is_cuda)
+        for count in [steps] if launch and callback is None else paced(steps):
             run(problem, lambda_, exp_avg, exp_avg_sq, losses, done, count, lr, betas, eps)
             done += count
             if callback is not None:
@@ -361,7 +371,7 @@ def paced(steps: int) -> Sequence[int]:
 def choose_steps(problem: InsertionProblem, impl: str | None) -> Callable[..., None]:
     """The function that runs steps of this problem. Raises where `impl` is not there."""
     chosen = _library.resolve("insert_low_rank", impl, problem.base)
-    return run_steps_cpu if chosen == "cpu" else run_steps_ref
+    return run_steps_ref if chosen == "torch" else functools.partial(run_steps, chosen)
 
 
 @torch.no_grad()

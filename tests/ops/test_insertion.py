@@ -6,10 +6,12 @@ different rounding part by about lr. So states are compared over few steps, and 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from insertion_support import autograd_low_rank, case, cast, full_weight, penalty_for
+from insertion_support import FIELDS, autograd_low_rank, case, cast, full_weight, penalty_for
 
 from pyrewrite.errors import NonFiniteError
 from pyrewrite.ops import (
@@ -23,6 +25,7 @@ from pyrewrite.ops import (
     key_size,
     layer_values,
 )
+from pyrewrite.ops import insertion as insertion_module
 from pyrewrite.ops.insertion import prepare
 from pyrewrite.ops.insertion_geometry import conv_crop, unfold_keys, upsample_margins
 from pyrewrite.ops.insertion_kernel import insertion_steps_
@@ -146,7 +149,39 @@ def test_loss_is_the_mean_over_targets_of_the_weighted_mean():
     assert first.item() == pytest.approx(sum(expected) / 3)
 
 
-# -- the kernel --------------------------------------------------------------------------------------------------------
+# -- the kernels -------------------------------------------------------------------------------------------------------
+
+IMPLS = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@pytest.fixture
+def insert(monkeypatch, on_device):
+    """insert_low_rank with an impl; "cuda" puts the case on the device, and whatever the call makes from it."""
+    run_steps = insertion_module.run_steps
+
+    def placed(impl, problem, *rest):
+        for x in (*vars(problem).values(), *(problem.penalty or ()), *rest):
+            if isinstance(x, torch.Tensor):
+                on_device(x)
+        return run_steps(impl, problem, *rest)
+
+    def moved(x):
+        return None if x is None else on_device(x)
+
+    def run(layer, direction, targets, *, impl, **settings):
+        if impl != "cuda":
+            return insert_low_rank(layer, direction, targets, impl=impl, **settings)
+        monkeypatch.setattr(insertion_module, "run_steps", placed)
+        layer = replace(layer, weight=moved(layer.weight), blur=moved(layer.blur), bias=moved(layer.bias))
+        targets = [InsertionTarget(**{name: moved(getattr(t, name)) for name in FIELDS}) for t in targets]
+        settings["init"] = moved(settings.get("init"))
+        if settings.get("penalty") is not None:
+            settings["penalty"] = tuple(map(moved, settings["penalty"]))
+        result = insert_low_rank(layer, moved(direction), targets, impl=impl, **settings)
+        return replace(result, lambda_=result.lambda_.cpu(), losses=result.losses.cpu())
+
+    return run
+
 
 KERNEL_CASES = [
     {"o": 6, "rank": 2, "i": 16},
@@ -163,6 +198,13 @@ KERNEL_CASES = [
         "sizes": ((24, 24),),
         "demodulate": True,
     },  # keys larger than the kernel's small regime
+    {"o": 5, "rank": 1, "i": 8, "sizes": ((9, 11),), "demodulate": True},
+    {"o": 1, "rank": 1, "i": 8, "sizes": ((1, 3),)},
+    {"o": 150, "rank": 1, "i": 8, "sizes": ((4, 6),), "taps": 4, "demodulate": True},
+    {"o": 301, "rank": 1, "i": 8, "sizes": ((17, 5),), "demodulate": True},
+    {"o": 3, "rank": 2, "i": 8, "sizes": ((6, 8),), "taps": 4, "demodulate": True},
+    {"o": 5, "rank": 3, "i": 8, "sizes": ((7, 2),)},
+    {"o": 270, "rank": 4, "i": 8, "sizes": ((5, 9),), "demodulate": True},
 ]
 
 
@@ -171,9 +213,10 @@ def assert_close(result, truth, baseline, scale):
     assert error <= 2 * (baseline.double() - truth).abs().max().item() + scale
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("with_penalty", [False, True])
 @pytest.mark.parametrize("variant", KERNEL_CASES, ids=str)
-def test_kernel_is_as_near_to_float64_as_torch_in_float32(variant, with_penalty):
+def test_kernel_is_as_near_to_float64_as_torch_in_float32(variant, with_penalty, impl, insert):
     layer, direction, targets = case(**variant)
     o, rank = len(layer.weight), len(direction)
     penalty = penalty_for(o, rank) if with_penalty else None
@@ -187,7 +230,7 @@ def test_kernel_is_as_near_to_float64_as_torch_in_float32(variant, with_penalty)
         "lr": 0.01,
     }
     baseline = insert_low_rank(*single, impl="torch", **settings)
-    result = insert_low_rank(*single, impl="cpu", **settings)
+    result = insert(*single, impl=impl, **settings)
     assert result.lambda_.dtype == torch.float32
     # Adam divides by the gradient's size: entries whose gradient is rounding move by a part of lr.
     assert_close(result.lambda_, truth.lambda_, baseline.lambda_, 2e-4)
@@ -195,13 +238,14 @@ def test_kernel_is_as_near_to_float64_as_torch_in_float32(variant, with_penalty)
     assert_close(result.losses, truth.losses, baseline.losses, 1e-6)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("steps", [301, 2001])
 @pytest.mark.parametrize("variant", [KERNEL_CASES[1], {"o": 24, "i": 16, "rank": 1, "sizes": ((6, 7),)}], ids=str)
-def test_loss_curve_over_many_steps(variant, steps):
+def test_loss_curve_over_many_steps(variant, steps, impl, insert):
     layer, direction, targets = case(**variant)
     truth = insert_low_rank(layer, direction, targets, steps=steps)
     single = cast(layer, direction, targets)
-    result = insert_low_rank(*single, steps=steps, impl="cpu")
+    result = insert(*single, steps=steps, impl=impl)
     assert torch.allclose(result.losses, truth.losses, rtol=0.01)
     assert result.losses[-1] < 0.98 * result.losses[0]
     left = sum(insertion_loss(*single, result.lambda_)) / len(targets)
@@ -240,6 +284,7 @@ def operator_arguments(layer, direction, targets, first=0, count=3):
     state = [torch.zeros(len(p.base), len(p.keys)) for _ in range(3)]
     problem = [p.base, p.keys, p.goal, p.noise, p.weight, p.bias, p.starts, p.energy, p.cross, p.gram, None, None]
     settings = [p.rank, p.negative_slope, p.gain, first, count, 0.05, 0.9, 0.999, 1e-8]
+    settings += [p.kernel, [size for shape in p.shapes for size in shape], p.flipped]
     return (*state, torch.zeros(count, dtype=torch.float64), *problem, *settings)
 
 
@@ -399,14 +444,16 @@ def test_compiles_as_a_whole():
 
 
 def test_operator_checks_what_it_is_given():
-    arguments = list(operator_arguments(*cast(*case())))
+    arguments = [*operator_arguments(*cast(*case())), None]
     for index, value, error, message in [
         (1, arguments[1][:, :3], ValueError, "exp_avg: expected shape"),
         (3, arguments[3][:1], ValueError, "losses"),
         (3, arguments[3].float(), TypeError, "losses"),
         (5, arguments[5].double(), TypeError, "keys: expected float32"),
         (10, [0, 5], ValueError, "starts"),
-        (10, [0, 0, 32, 56], ValueError, "target 0 is empty"),
+        (10, [0, 0, 32, 56], ValueError, "shapes"),
+        (25, [3, 2], ValueError, "kernel"),
+        (28, "gpu", ValueError, "impl"),
         (16, 5, ValueError, "rank"),
         (11, torch.zeros(3, 6), ValueError, "energy, cross and gram"),
         (0, arguments[0].t().contiguous().t(), ValueError, "contiguous"),

@@ -1,0 +1,590 @@
+// The insertion of several targets or many directions, on GPUs with clusters. A cluster of eight blocks owns 32 output
+// channels; each block computes all of them on an eighth of the pixels, so that the maps of those pixels stay in its
+// shared memory from the first step to the last and the matrix instruction's tiles are full. Both products of a step go
+// through the tensor cores. Then each block collects the gradient of four of the channels from the others, takes Adam's
+// step for them and sends the new Lambda to all. Clusters never wait for one another.
+#include <cooperative_groups.h>
+
+#include "insertion/cluster_layout.h"
+#include "insertion/mma.h"
+
+namespace pyrewrite {
+namespace {
+
+namespace cg = cooperative_groups;
+using T = ClusterTraits;
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+struct Worker {
+  const InsertionProblem& p;
+  const ClusterLayout& at;
+  const Share& share;
+  char* shared;
+  unsigned address;         // of `shared`
+  float* cross;             // this block's segments x channels x keys
+  const float* gram_scale;  // of each segment
+  int first;                // channel of the cluster
+  int block;                // of the cluster
+  int rank;                 // padded
+  int warp, lane;
+  float map_scale, by_scale;
+
+  __device__ float* floats(std::int64_t offset) const { return reinterpret_cast<float*>(shared + offset); }
+  __device__ float& sum(int which, int of_warp, int c) const {
+    return floats(at.sums)[(which * T::kWarps + of_warp) * T::kChannels + c];
+  }
+  // Channel of row `row` (0 ... 3) that this lane holds of a product: tiles of 16, halves of 8.
+  __device__ int channel_of(int row) const { return row / 2 * 16 + row % 2 * 8 + lane / 4; }
+  // Number of padded key kk in a row of the problem's Lambda; -1: padding.
+  __device__ int key_of(int kk) const {
+    const int tap = kk / rank, d = kk % rank;
+    return d < p.rank ? d * p.taps + (p.flipped ? p.taps - 1 - tap : tap) : -1;
+  }
+  // Of a window's tap in the segment's map, in bytes.
+  __device__ int tap_offset(const Segment& s, int tap) const {
+    return (tap / p.kernel_width * (p.widths[s.target] + p.kernel_width - 1) + tap % p.kernel_width) * at.position;
+  }
+  // The largest |x| of the block, in all threads.
+  __device__ float largest(float x) const {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+    __syncthreads();
+    if (lane == 0) sum(0, warp, 0) = x;
+    __syncthreads();
+    for (int w = 0; w < T::kWarps; ++w) x = fmaxf(x, sum(0, w, 0));
+    return x;
+  }
+
+  // -- before the first step ------------------------------------------------------------------------------------------
+
+  __device__ float map_value(const Segment& s, int d, int n) const {
+    const int w = p.widths[s.target], width = w + p.kernel_width - 1;
+    const int i = s.row + n / width, j = n % width;
+    // Map pixel (i, j) is the key of tap (ty, tx) at pixel (i - ty, j - tx), for any tap that lands inside.
+    const int ty = max(0, i - (p.heights[s.target] - 1)), tx = max(0, j - (w - 1));
+    const int key = key_of((ty * p.kernel_width + tx) * rank + d);
+    return p.keys[std::int64_t(key) * p.pixels + p.starts[s.target] + (i - ty) * w + j - tx];
+  }
+
+  __device__ void put(std::int64_t row, int d, float scaled) const {
+    const Split value = split(scaled);
+    __half* to = reinterpret_cast<__half*>(shared + row);
+    to[d] = value.hi;
+    to[rank + d] = value.lo;
+  }
+
+  __device__ void load_maps() {
+    float most = 0.f, heaviest = 0.f;
+    for (int n = 0; n < share.count; ++n) {
+      const Segment& s = share.segments[n];
+      const int positions = s.rows * (p.widths[s.target] + p.kernel_width - 1);
+      for (int i = threadIdx.x; i < p.rank * positions; i += T::kThreads)
+        most = fmaxf(most, fabsf(map_value(s, i / positions, i % positions)));
+      for (int u = s.begin + threadIdx.x; u < s.end; u += T::kThreads)
+        heaviest = fmaxf(heaviest, p.weight[p.starts[s.target] + u]);
+    }
+    map_scale = half_scale(largest(most));
+    by_scale = half_scale(largest(heaviest) / p.channels * fmaxf(p.up, p.down));
+    for (int n = 0; n < share.count; ++n) {
+      const Segment& s = share.segments[n];
+      const int width = p.widths[s.target], positions = s.rows * (width + p.kernel_width - 1);
+      for (int i = threadIdx.x; i < rank * positions; i += T::kThreads) {
+        const int d = i / positions, position = i % positions;
+        put(at.map + std::int64_t(s.map + position) * at.position, d,
+            d < p.rank ? map_value(s, d, position) * map_scale : 0.f);
+      }
+      const int padded = groups_of(s.end - s.begin) * T::kGroup;
+      for (int i = threadIdx.x; i < padded; i += T::kThreads) {
+        const int u = min(s.begin + i, s.end - 1);  // past the end: read anything, count nothing
+        reinterpret_cast<int*>(shared + at.places)[s.pixel + i] =
+            (s.map + (u / width - s.row) * (width + p.kernel_width - 1) + u % width) * at.position;
+      }
+    }
+  }
+
+  __device__ void load_demodulation(float* scales) const {
+    if (p.energy == nullptr) return;
+    const int k = p.rank * p.taps;
+    for (int n = 0; n < share.count; ++n) {
+      const int b = share.segments[n].target;
+      const float* gram = p.gram + std::int64_t(b) * p.rank * p.rank;
+      float most = 0.f;
+      for (int i = threadIdx.x; i < p.rank * p.rank; i += T::kThreads) most = fmaxf(most, fabsf(gram[i]));
+      const float scale = half_scale(largest(most));
+      if (threadIdx.x == 0) scales[n] = scale;
+      for (int i = threadIdx.x; i < rank * rank; i += T::kThreads) {
+        const int e = i / rank, d = i % rank;
+        put(at.gram + std::int64_t(n * rank + e) * at.position, d,
+            e < p.rank && d < p.rank ? gram[e * p.rank + d] * scale : 0.f);
+      }
+      for (int i = threadIdx.x; i < T::kChannels * at.keys; i += T::kThreads) {
+        const int c = i / at.keys, key = key_of(i % at.keys);
+        cross[std::int64_t(n) * T::kChannels * at.keys + i] =
+            key >= 0 && first + c < p.channels ? p.cross[(std::int64_t(b) * p.channels + first + c) * k + key] : 0.f;
+      }
+    }
+  }
+
+  // This block's own channels: Lambda (0), mean (1) or square (2) at padded key kk.
+  __device__ float& own(int which, int c, int kk) const {
+    return floats(at.own)[(which * T::kOwned + c) * at.keys + kk];
+  }
+
+  // Calls f(place in the problem's state, channel, padded key) for the real entries of the own channels.
+  template <class F>
+  __device__ void for_state(F f) const {
+    for (int i = threadIdx.x; i < T::kOwned * at.keys; i += T::kThreads) {
+      const int c = i / at.keys, kk = i % at.keys, key = key_of(kk);
+      const int channel = first + block * T::kOwned + c;
+      if (key >= 0 && channel < p.channels) f(std::int64_t(channel) * p.rank * p.taps + key, c, kk);
+    }
+  }
+
+  __device__ void load_state() const {
+    for (int i = threadIdx.x; i < 3 * T::kOwned * at.keys; i += T::kThreads) floats(at.own)[i] = 0.f;
+    if (threadIdx.x < T::kChannels) floats(at.demod)[threadIdx.x] = 1.f;
+    __syncthreads();
+    for_state([&](std::int64_t from, int c, int kk) {
+      own(0, c, kk) = p.lambda[from];
+      own(1, c, kk) = p.exp_avg[from];
+      own(2, c, kk) = p.exp_avg_sq[from];
+    });
+  }
+
+  __device__ void store_state() const {
+    for_state([&](std::int64_t to, int c, int kk) {
+      p.lambda[to] = own(0, c, kk);
+      p.exp_avg[to] = own(1, c, kk);
+      p.exp_avg_sq[to] = own(2, c, kk);
+    });
+  }
+
+  // -- products -------------------------------------------------------------------------------------------------------
+
+  // 16 keys from kk of Lambda, all channels: hi and lo of both tiles.
+  __device__ void load_lambda(int kk, unsigned (&hi)[2][4], unsigned (&lo)[2][4]) const {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      const unsigned row = address + at.lambda + (m * 16 + lane % 16) * at.lambda_row + (kk + lane / 16 * 8) * 2;
+      load_matrices(hi[m], row);
+      load_matrices(lo[m], row + T::kChannels * at.lambda_row);
+    }
+  }
+
+  // Calls f(row, kk, products, crosses) with gram Lambda and cross of segment n at this lane's keys kk and kk + 1.
+  template <class F>
+  __device__ void for_products(int n, F f) const {
+    const float inverse_gram = 1.f / gram_scale[n];
+    for (int tile = warp; tile < at.keys / 8; tile += T::kWarps) {
+      const int tap = tile * 8 / rank, e = tile * 8 % rank;
+      const unsigned row =
+          address + at.gram + (n * rank + e + lane % 8) * at.position + lane / 16 * rank * 2 + lane / 8 % 2 * 16;
+      float acc[2][4] = {};
+      for (int d = 0; d < rank; d += 16) {
+        unsigned hi[2][4], lo[2][4], b[4];
+        load_lambda(tap * rank + d, hi, lo);
+        load_matrices(b, row + d * 2);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) multiply_split(acc[m], hi[m], lo[m], b);
+      }
+      const int kk = tile * 8 + lane % 4 * 2;
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int c = channel_of(r);
+        const float scale = floats(at.inverse)[c] * inverse_gram;
+        const float2 crosses =
+            *reinterpret_cast<const float2*>(cross + (std::int64_t(n) * T::kChannels + c) * at.keys + kk);
+        f(r, kk, make_float2(acc[r / 2][r % 2 * 2] * scale, acc[r / 2][r % 2 * 2 + 1] * scale), crosses);
+      }
+    }
+  }
+
+  // demod of segment n's target, all channels. Two barriers.
+  __device__ void demodulate(int n) const {
+    float norm2[4] = {};
+    for_products(n, [&](int r, int kk, float2 product, float2 crosses) {
+      const int c = channel_of(r);
+      const char* row = shared + at.lambda + c * at.lambda_row + kk * 2;
+      const float2 hi = __half22float2(*reinterpret_cast<const __half2*>(row));
+      const float2 lo = __half22float2(*reinterpret_cast<const __half2*>(row + T::kChannels * at.lambda_row));
+      const float inverse = floats(at.inverse)[c];
+      norm2[r] += (2.f * crosses.x + product.x) * ((hi.x + lo.x) * inverse) +
+                  (2.f * crosses.y + product.y) * ((hi.y + lo.y) * inverse);
+    });
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      norm2[r] = quad_sum(norm2[r]);
+      if (lane % 4 == 0) sum(0, warp, channel_of(r)) = norm2[r];
+    }
+    __syncthreads();
+    if (threadIdx.x < T::kChannels) {
+      const int c = threadIdx.x;
+      float total = 0.f;
+      for (int w = 0; w < T::kWarps; ++w) total += sum(0, w, c);
+      const float energy =
+          first + c < p.channels ? p.energy[std::int64_t(share.segments[n].target) * p.channels + first + c] : 1.f;
+      floats(at.demod)[c] = 1.f / sqrtf(energy + total);
+    }
+    __syncthreads();
+  }
+
+  // Value, sign and dloss / dz of `Groups` groups of pixels: group `group` of the chunk that begins at pixel `chunk` of
+  // the segment, and those a whole round of warps further.
+  template <int Groups>
+  __device__ void forward(const Segment& s, int chunk, int group, float (&by_demod)[4], float (&loss)[4]) const {
+    constexpr int kTiles = 2 * Groups;
+    float acc[kTiles][2][4] = {}, base[kTiles][2][4], goal[kTiles][2][4];
+    unsigned keys[kTiles];
+    const int* places = reinterpret_cast<const int*>(shared + at.places) + s.pixel;
+    const int start = p.starts[s.target];
+    int pixel[kTiles];  // of the chunk: the first of the tile
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      pixel[tile] = (group + tile / 2 * T::kWarps) * T::kGroup + tile % 2 * 8;
+      keys[tile] = address + at.map + places[chunk + pixel[tile] + lane % 8] + lane / 16 * rank * 2 + lane / 8 % 2 * 16;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        // Read now, used after the product: the memory has all its time to answer.
+        const int c = first + i / 4 * 16 + i % 4 / 2 * 8 + lane / 4;
+        const int u = min(s.begin + chunk + pixel[tile] + lane % 4 * 2 + i % 2, s.end - 1);
+        const std::int64_t from = std::int64_t(c) * p.pixels + start + u;
+        base[tile][i / 4][i % 4] = c < p.channels ? p.base[from] : 0.f;
+        goal[tile][i / 4][i % 4] = c < p.channels ? p.goal[from] : 0.f;
+      }
+    }
+    for (int tap = 0; tap < p.taps; ++tap) {
+      const int offset = tap_offset(s, tap);
+      for (int d = 0; d < rank; d += 16) {
+        unsigned hi[2][4], lo[2][4];
+        load_lambda(tap * rank + d, hi, lo);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          unsigned b[4];
+          load_matrices(b, keys[tile] + offset + d * 2);
+#pragma unroll
+          for (int m = 0; m < 2; ++m) multiply_split(acc[tile][m], hi[m], lo[m], b);
+        }
+      }
+    }
+    float demod[4], bias[4], scale[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int c = channel_of(r);
+      demod[r] = floats(at.demod)[c];
+      bias[r] = first + c < p.channels ? p.bias[first + c] : 0.f;
+      scale[r] = floats(at.inverse)[c] / map_scale;
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int local = pixel[tile] + lane % 4 * 2, u = s.begin + chunk + local;
+      float noise[2], weight[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        noise[i] = p.noise[start + min(u + i, s.end - 1)];
+        weight[i] = u + i < s.end ? p.weight[start + u + i] / p.channels : 0.f;
+      }
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        Split by[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int at_value = r % 2 * 2 + i;
+          const float y = base[tile][r / 2][at_value] + acc[tile][r / 2][at_value] * scale[r];
+          const float by_z = pixel_step<ScalarOps>(y, demod[r], noise[i] + bias[r], goal[tile][r / 2][at_value],
+                                                   weight[i], p.up, p.down, loss[r]);
+          by_demod[r] += by_z * y;
+          by[i] = split(by_z * by_scale);
+        }
+        char* to = shared + at.by + channel_of(r) * at.by_row + local * 2;
+        *reinterpret_cast<unsigned*>(to) = pack(by[0].hi, by[1].hi);
+        *reinterpret_cast<unsigned*>(to + T::kChannels * at.by_row) = pack(by[0].lo, by[1].lo);
+      }
+    }
+  }
+
+  // gradient += demod dloss/dz keys^T over `groups` groups of pixels from `chunk` on. A key tile is one warp's.
+  __device__ void accumulate(const Segment& s, int chunk, int groups) const {
+    const int tiles = at.keys / 8;
+    const int each = min(T::kKeyTiles, (tiles + T::kWarps - 1) / T::kWarps);
+    const int* places = reinterpret_cast<const int*>(shared + at.places) + s.pixel + chunk + lane % 16;
+    const float unscale = 1.f / (by_scale * map_scale);
+    for (int tile = warp * each; tile < tiles; tile += T::kWarps * each) {
+      const int count = min(each, tiles - tile);
+      float acc[T::kKeyTiles][2][4] = {};
+      int offset[T::kKeyTiles];
+#pragma unroll
+      for (int j = 0; j < T::kKeyTiles; ++j) {
+        const int kk = (tile + j) * 8;
+        offset[j] = j < count ? tap_offset(s, kk / rank) + kk % rank * 2 : 0;
+      }
+      for (int group = 0; group < groups; ++group) {
+        unsigned hi[2][4], lo[2][4];
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          const unsigned row = address + at.by + (m * 16 + lane % 16) * at.by_row + (group * 16 + lane / 16 * 8) * 2;
+          load_matrices(hi[m], row);
+          load_matrices(lo[m], row + T::kChannels * at.by_row);
+        }
+        const unsigned keys = address + at.map + places[group * T::kGroup] + lane / 16 * rank * 2;
+#pragma unroll
+        for (int j = 0; j < T::kKeyTiles; ++j) {
+          if (j >= count) break;
+          unsigned b[4];
+          load_matrices_transposed(b, keys + offset[j]);
+#pragma unroll
+          for (int m = 0; m < 2; ++m) multiply_split(acc[j][m], hi[m], lo[m], b);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < T::kKeyTiles; ++j) {
+        if (j >= count) break;
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int c = channel_of(r);
+          const float scale = floats(at.demod)[c] * unscale;
+          float2* to = gradient_at(c, (tile + j) * 8 + lane % 4 * 2);
+          *to = make_float2(to->x + scale * acc[j][r / 2][r % 2 * 2], to->y + scale * acc[j][r / 2][r % 2 * 2 + 1]);
+        }
+      }
+    }
+  }
+
+  __device__ float2* gradient_at(int c, int kk) const {
+    return reinterpret_cast<float2*>(floats(at.gradient) + c * at.gradient_row + kk);
+  }
+
+  // d demod / d Lambda = -demod^3 (cross + gram Lambda). One barrier.
+  __device__ void finish_segment(int n, const float (&by_demod)[4]) const {
+    float by_norm[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      by_norm[r] = quad_sum(by_demod[r]);
+      if (lane % 4 == 0) sum(1, warp, channel_of(r)) = by_norm[r];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const float demod = floats(at.demod)[channel_of(r)];
+      by_norm[r] = 0.f;
+      for (int w = 0; w < T::kWarps; ++w) by_norm[r] += sum(1, w, channel_of(r));
+      by_norm[r] *= demod * demod * demod;
+    }
+    for_products(n, [&](int r, int kk, float2 product, float2 crosses) {
+      float2* to = gradient_at(channel_of(r), kk);
+      *to = make_float2(to->x - by_norm[r] * (crosses.x + product.x), to->y - by_norm[r] * (crosses.y + product.y));
+    });
+  }
+
+  // This block's part of the gradient of all channels, and of the loss. Ends without a barrier.
+  __device__ void run_pixels() const {
+    float4* zero = reinterpret_cast<float4*>(shared + at.gradient);
+    for (int i = threadIdx.x; i < T::kChannels * at.gradient_row / 4; i += T::kThreads)
+      zero[i] = make_float4(0, 0, 0, 0);
+    float loss[4] = {};
+    for (int n = 0; n < share.count; ++n) {
+      const Segment& s = share.segments[n];
+      const int all = groups_of(s.end - s.begin);
+      float by_demod[4] = {};
+      if (p.energy != nullptr) demodulate(n);
+      for (int group = 0; group < all; group += T::kChunkGroups) {
+        const int groups = min(T::kChunkGroups, all - group), chunk = group * T::kGroup;
+        if (warp + T::kWarps < groups)
+          forward<2>(s, chunk, warp, by_demod, loss);
+        else if (warp < groups)
+          forward<1>(s, chunk, warp, by_demod, loss);
+        __syncthreads();  // dloss / dz is whole
+        accumulate(s, chunk, groups);
+        __syncthreads();  // dloss / dz is used up, the gradient whole
+      }
+      if (p.energy != nullptr) finish_segment(n, by_demod);
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      loss[r] = quad_sum(loss[r]);
+      if (lane % 4 == 0) sum(0, warp, channel_of(r)) = loss[r];
+    }
+  }
+
+  __device__ void store_loss(double* to) const {
+    if (warp != 0) return;
+    float part = 0.f;
+    for (int w = 0; w < T::kWarps; ++w) part += sum(0, w, lane);
+    double total = first + lane < p.channels ? part : 0.f;
+    for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
+    if (lane == 0) *to = total;
+  }
+
+  // -- Adam -----------------------------------------------------------------------------------------------------------
+
+  static constexpr int kShare = T::kThreads / T::kOwned;  // threads of an own channel
+
+  // The whole gradient of the own channels, in their rows of this block's gradient: no other block reads those.
+  __device__ void collect(const cg::cluster_group& cluster) const {
+    const int c = threadIdx.x / kShare, row = block * T::kOwned + c, channel = first + row;
+    const float scale =
+        p.penalty_scale != nullptr && channel < p.channels ? p.penalty_scale[channel] * (2.f / p.channels) : 0.f;
+    for (int kk = threadIdx.x % kShare * 4; kk < at.keys; kk += kShare * 4) {
+      float4* mine = reinterpret_cast<float4*>(floats(at.gradient) + row * at.gradient_row + kk);
+      float total[4] = {};
+      if (scale != 0.f) {
+        const int tap = kk / rank, d = kk % rank;
+        for (int e = 0; e < p.rank; ++e)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (d + i < p.rank) total[i] += p.penalty_matrix[(d + i) * p.rank + e] * own(0, c, tap * rank + e);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[i] *= scale;
+      }
+#pragma unroll
+      for (int from = 0; from < T::kBlocks; ++from) {
+        const float4 part = *cluster.map_shared_rank(mine, from);
+        total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
+      }
+      *mine = make_float4(total[0], total[1], total[2], total[3]);
+    }
+  }
+
+  __device__ void update(const AdamStep& adam) const {
+    const int c = threadIdx.x / kShare;
+    const float* gradient = floats(at.gradient) + (block * T::kOwned + c) * at.gradient_row;
+    for (int kk = threadIdx.x % kShare; kk < at.keys; kk += kShare)
+      if (kk % rank < p.rank)
+        own(0, c, kk) = adam_step<ScalarOps>(own(0, c, kk), gradient[kk], own(1, c, kk), own(2, c, kk), adam);
+  }
+
+  // Sends Lambda of the own channels to all blocks. One barrier.
+  __device__ void publish(const cg::cluster_group& cluster) const {
+    const int c = threadIdx.x / kShare, row = block * T::kOwned + c;
+    float most = 0.f;
+    for (int kk = threadIdx.x % kShare; kk < at.keys; kk += kShare) most = fmaxf(most, fabsf(own(0, c, kk)));
+    for (int step = 16; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
+    if (lane == 0) sum(1, warp, 0) = most;
+    __syncthreads();
+    for (int w = 0; w < kShare / 32; ++w) most = fmaxf(most, sum(1, c * (kShare / 32) + w, 0));
+    const float scale = half_scale(most);
+    for (int kk = threadIdx.x % kShare * 4; kk < at.keys; kk += kShare * 4) {
+      Split value[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) value[i] = split(own(0, c, kk + i) * scale);
+      const uint2 hi = make_uint2(pack(value[0].hi, value[1].hi), pack(value[2].hi, value[3].hi));
+      const uint2 lo = make_uint2(pack(value[0].lo, value[1].lo), pack(value[2].lo, value[3].lo));
+      char* to = shared + at.lambda + row * at.lambda_row + kk * 2;
+#pragma unroll
+      for (int other = 0; other < T::kBlocks; ++other) {
+        char* there = cluster.map_shared_rank(to, other);
+        *reinterpret_cast<uint2*>(there) = hi;
+        *reinterpret_cast<uint2*>(there + T::kChannels * at.lambda_row) = lo;
+      }
+    }
+    if (threadIdx.x % kShare < T::kBlocks)
+      *cluster.map_shared_rank(floats(at.inverse) + row, threadIdx.x % kShare) = 1.f / scale;
+  }
+};
+
+#endif
+
+__global__ void __launch_bounds__(T::kThreads, 1)
+    cluster_kernel(const __grid_constant__ InsertionProblem p, const __grid_constant__ ClusterLayout at) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) char shared[];
+  __shared__ Share share;
+  __shared__ float gram_scale[T::kMostSegments];
+  const cg::cluster_group cluster = cg::this_cluster();
+  const int block = cluster.block_rank(), rank = padded_rank(p.rank);
+  if (threadIdx.x == 0) share_of(p, block, share);
+  __syncthreads();
+  Worker worker = {p,
+                   at,
+                   share,
+                   shared,
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared)),
+                   p.scratch + std::int64_t(blockIdx.x) * p.segments * T::kChannels * at.keys,
+                   gram_scale,
+                   static_cast<int>(blockIdx.x) / T::kBlocks * T::kChannels,
+                   block,
+                   rank,
+                   static_cast<int>(threadIdx.x) / 32,
+                   static_cast<int>(threadIdx.x) % 32,
+                   1.f,
+                   1.f};
+  worker.load_maps();
+  worker.load_demodulation(gram_scale);
+  worker.load_state();
+  __syncthreads();
+  cluster.sync();  // all blocks have started: their shared memory may be written
+  worker.publish(cluster);
+  cluster.sync();  // Lambda is whole
+  for (int step = 0; step < p.count; ++step) {
+    worker.run_pixels();
+    cluster.sync();  // every block's gradient is whole, Lambda is used up
+    worker.store_loss(p.block_losses + std::int64_t(blockIdx.x) * p.count + step);
+    worker.collect(cluster);
+    __syncthreads();  // the own channels' Lambda has been read for the penalty
+    worker.update(p.schedule[step]);
+    __syncthreads();
+    worker.publish(cluster);
+    cluster.sync();  // Lambda is whole, the gradients are used up
+  }
+  worker.store_state();
+#endif
+}
+
+// The layout with each part at the size of the largest block's, so that all blocks have the same offsets; `size` is 0
+// where the problem does not take this form.
+ClusterLayout common_layout(const InsertionProblem& p, int* segments) {
+  int positions = 0, pixels = 0;
+  *segments = 0;
+  for (int block = 0; block < T::kBlocks; ++block) {
+    Share share;
+    share_of(p, block, share);
+    if (share.count < 0) return {};
+    *segments = share.count > *segments ? share.count : *segments;
+    positions = share.positions > positions ? share.positions : positions;
+    pixels = share.pixels > pixels ? share.pixels : pixels;
+  }
+  return cluster_layout(p, positions, *segments, pixels);
+}
+
+}  // namespace
+
+// A GPU with clusters, a rank up to 64, and maps that fit eight blocks' shared memory.
+InsertionPlan plan_cluster(const InsertionProblem& p, const InsertionDevice& device) {
+  InsertionPlan plan{};
+  if (device.major < 9 || p.rank > T::kMostRank) return plan;
+  const ClusterLayout at = common_layout(p, &plan.segments);
+  const std::int64_t fixed = sizeof(Share) + sizeof(float) * T::kMostSegments + 128;  // declared in the kernel
+  if (at.size == 0 || at.size + fixed > device.shared_bytes) return plan;
+  plan.blocks = plan.loss_rows = (p.channels + T::kChannels - 1) / T::kChannels * T::kBlocks;
+  plan.channels_per_block = T::kChannels;
+  plan.shared_bytes = static_cast<int>(at.size);
+  if (p.energy != nullptr) plan.scratch_floats = std::int64_t(plan.blocks) * plan.segments * T::kChannels * at.keys;
+  return plan;
+}
+
+cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(cluster_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute shape{};
+  shape.id = cudaLaunchAttributeClusterDimension;
+  shape.val.clusterDim.x = T::kBlocks;
+  shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = plan.blocks;
+  config.blockDim = T::kThreads;
+  config.dynamicSmemBytes = plan.shared_bytes;
+  config.stream = stream;
+  config.attrs = &shape;
+  config.numAttrs = 1;
+  int segments = 0;
+  const ClusterLayout at = common_layout(p, &segments);
+  return cudaLaunchKernelEx(&config, cluster_kernel, p, at);
+}
+
+}  // namespace pyrewrite

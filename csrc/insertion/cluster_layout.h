@@ -1,0 +1,132 @@
+// How a cluster of blocks shares a problem, and where everything lies in a block's shared memory. Pure arithmetic.
+#pragma once
+
+#include <cstdint>
+
+#include "insertion/kernels.h"
+
+namespace pyrewrite {
+
+// The sizes that the cluster kernel is compiled for.
+struct ClusterTraits {
+  static constexpr int kBlocks = 8;     // of a cluster: the most that every GPU with clusters allows
+  static constexpr int kChannels = 32;  // of a cluster
+  static constexpr int kThreads = 256;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kGroup = 16;      // pixels of a group: the inner extent of the gradient's matrix product
+  static constexpr int kWarpGroups = 2;  // that a warp takes through the forward product together
+  static constexpr int kChunkGroups = kWarps * kWarpGroups;
+  static constexpr int kChunk = kChunkGroups * kGroup;  // pixels between two barriers
+  static constexpr int kOwned = kChannels / kBlocks;    // channels whose Adam a block does
+  static constexpr int kKeyTiles = 5;                   // eights of keys that a warp holds in the gradient's product
+  static constexpr int kMostSegments = 16;
+  static constexpr int kMostRank = 64;
+  static_assert(kChannels == 2 * 16, "two tiles of the matrix instruction");
+  static_assert(kThreads % kOwned == 0 && kThreads / kOwned % 32 == 0, "whole warps for each owned channel");
+};
+
+// Consecutive pixels of one target that one block computes: begin ... end - 1 of target `target`.
+struct Segment {
+  int target, begin, end;
+  int row, rows;  // of the map that they read
+  int pixel;      // where they begin among the block's pixels, which each segment pads to whole groups
+  int map;        // where its map begins in shared memory, in positions
+};
+
+__host__ __device__ inline int groups_of(int pixels) {
+  return (pixels + ClusterTraits::kGroup - 1) / ClusterTraits::kGroup;
+}
+
+// Directions, padded to what the matrix instruction takes.
+__host__ __device__ inline int padded_rank(int rank) { return (rank + 15) / 16 * 16; }
+
+struct Share {
+  Segment segments[ClusterTraits::kMostSegments];
+  int count;      // of segments; -1: too many
+  int pixels;     // padded
+  int positions;  // of maps
+};
+
+// What block `block` of a cluster computes: all groups of all targets in a row, cut into even parts.
+__host__ __device__ inline void share_of(const InsertionProblem& p, int block, Share& share) {
+  int total = 0;
+  for (int b = 0; b < p.targets; ++b) total += groups_of(p.starts[b + 1] - p.starts[b]);
+  const int first = static_cast<int>(std::int64_t(total) * block / ClusterTraits::kBlocks);
+  const int last = static_cast<int>(std::int64_t(total) * (block + 1) / ClusterTraits::kBlocks);
+  share.count = share.pixels = share.positions = 0;
+  int group = 0;
+  for (int b = 0; b < p.targets; ++b) {
+    const int pixels = p.starts[b + 1] - p.starts[b], groups = groups_of(pixels);
+    const int from = first > group ? first - group : 0, to = last - group < groups ? last - group : groups;
+    group += groups;
+    if (from >= to) continue;
+    if (share.count == ClusterTraits::kMostSegments) {
+      share.count = -1;
+      return;
+    }
+    Segment& s = share.segments[share.count++];
+    s.target = b;
+    s.begin = from * ClusterTraits::kGroup;
+    s.end = to * ClusterTraits::kGroup < pixels ? to * ClusterTraits::kGroup : pixels;
+    s.row = s.begin / p.widths[b];
+    s.rows = (s.end - 1) / p.widths[b] - s.row + p.kernel_height;
+    s.pixel = share.pixels;
+    s.map = share.positions;
+    share.pixels += (to - from) * ClusterTraits::kGroup;
+    share.positions += s.rows * (p.widths[b] + p.kernel_width - 1);
+  }
+}
+
+// Offsets in bytes. A number that the tensor cores read is two halves, hi + lo. Rows that they read eight of at a time
+// are an odd number of 16-byte pieces long, so that eight consecutive ones lie in different banks.
+struct ClusterLayout {
+  int position;            // bytes of a map position, or of a row of gram: padded rank halves hi, as many lo, 16 bytes
+  int keys;                // K, with the padded rank
+  int lambda_row, by_row;  // bytes of a channel's row of Lambda, and of dloss / dz over a chunk
+  int gradient_row;        // floats
+  std::int64_t map, gram, lambda, by, gradient, own, places, inverse, demod, sums, size;
+};
+
+__host__ __device__ inline ClusterLayout cluster_layout(const InsertionProblem& p, int positions, int segments,
+                                                        int pixels) {
+  using T = ClusterTraits;
+  const int rank = padded_rank(p.rank);
+  ClusterLayout at;
+  at.position = rank * 4 + 16;
+  at.keys = rank * p.taps;
+  at.lambda_row = at.keys * 2 + 16;
+  at.by_row = T::kChunk * 2 + 16;
+  at.gradient_row = at.keys + 8;
+  at.map = 0;                                                                                   // positions
+  at.gram = at.map + std::int64_t(positions) * at.position;                                     // segments x rank rows
+  at.lambda = at.gram + (p.gram != nullptr ? std::int64_t(segments) * rank * at.position : 0);  // hi, lo: channels rows
+  at.by = at.lambda + 2 * std::int64_t(T::kChannels) * at.lambda_row;                           // hi, lo: channels rows
+  at.gradient = at.by + 2 * std::int64_t(T::kChannels) * at.by_row;         // channels x gradient_row floats
+  at.own = at.gradient + 4 * std::int64_t(T::kChannels) * at.gradient_row;  // Lambda, mean, square: owned x keys floats
+  at.places = at.own + 3 * 4 * std::int64_t(T::kOwned) * at.keys;           // of each pixel in the map, in bytes
+  at.inverse = at.places + 4 * std::int64_t(pixels);                        // of Lambda's scale: channels floats
+  at.demod = at.inverse + 4 * T::kChannels;                                 // channels floats
+  at.sums = at.demod + 4 * T::kChannels;                                    // 2 x warps x channels floats
+  at.size = at.sums + 2 * 4 * T::kWarps * T::kChannels;
+  return at;
+}
+
+// The power of two that brings numbers up to `largest` below 2^14: halves then hold them to 22 bits.
+__host__ __device__ inline float half_scale(float largest) {
+  int exponent = 0;
+  if (largest > 0.f) {
+#if defined(__CUDA_ARCH__)
+    exponent = 13 - ((__float_as_int(largest) >> 23 & 255) - 127);
+#else
+    exponent = 13 - __builtin_ilogbf(largest);
+#endif
+  }
+  exponent = exponent > 100 ? 100 : exponent < -100 ? -100 : exponent;
+#if defined(__CUDA_ARCH__)
+  return __int_as_float((exponent + 127) << 23);
+#else
+  return __builtin_ldexpf(1.f, exponent);
+#endif
+}
+
+}  // namespace pyrewrite

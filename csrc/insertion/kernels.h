@@ -1,0 +1,83 @@
+// What the CUDA kernels of the insertion share. Included by .cu files only.
+#pragma once
+
+#include <cstdint>
+
+#include "common/device.h"
+#include "insertion/params.h"
+
+namespace pyrewrite {
+
+constexpr int kMostTargets = 128;  // their places are kernel parameters
+
+// The problem as a kernel sees it; fields as in InsertionParams, all pointers the device's.
+struct InsertionProblem {
+  int channels, rank, taps, targets, pixels, count;
+  int kernel_height, kernel_width;
+  int flipped;
+  int starts[kMostTargets + 1];
+  short heights[kMostTargets], widths[kMostTargets];
+  const float *base, *keys, *goal, *noise, *weight, *bias;
+  const float *energy, *cross, *gram;
+  const float *penalty_scale, *penalty_matrix;
+  float up, down;            // the activation's slopes, gain included
+  const AdamStep* schedule;  // count
+  float *lambda, *exp_avg, *exp_avg_sq;
+  float* scratch;        // as the plan asks
+  int segments;          // that a block of a cluster has at most
+  double* block_losses;  // rows x count: parts of the loss of each step
+};
+
+struct InsertionDevice {
+  int major, multiprocessors, shared_bytes;
+};
+
+// How a kernel would run a problem on a device.
+struct InsertionPlan {
+  int blocks;  // 0: it does not take the problem
+  int channels_per_block;
+  int shared_bytes;
+  bool resident;  // base and goal stay in shared memory
+  int loss_rows;  // of block_losses
+  int segments;   // see InsertionProblem
+  std::int64_t scratch_floats;
+};
+
+// Any shape.
+InsertionPlan plan_general(const InsertionProblem& p, const InsertionDevice& device);
+cudaError_t launch_general(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream);
+
+// One small target, few directions.
+InsertionPlan plan_resident(const InsertionProblem& p, const InsertionDevice& device);
+cudaError_t launch_resident(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream);
+
+// Several targets or many directions, on a GPU with clusters.
+InsertionPlan plan_cluster(const InsertionProblem& p, const InsertionDevice& device);
+cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream);
+
+#if defined(__CUDACC__)
+namespace {
+
+// What step.h needs of single numbers.
+struct ScalarOps {
+  static __device__ __forceinline__ float choose(float z, float positive, float other) {
+    return z > 0.f ? positive : other;
+  }
+  static __device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
+  static __device__ __forceinline__ float signed_as(float x, float d) {
+    const float value = __int_as_float(__float_as_int(x) ^ (__float_as_int(d) & 0x80000000));
+    return d != 0.f ? value : 0.f;
+  }
+  static __device__ __forceinline__ float root(float x) { return sqrtf(x); }
+};
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+}  // namespace
+#endif
+
+}  // namespace pyrewrite

@@ -1,0 +1,55 @@
+// Matrix instructions on 16-bit halves. A number x is hi + lo, both halves of x * scale: 22 bits. A product of two such
+// is hi hi + hi lo + lo hi, summed in float32.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace pyrewrite {
+namespace {
+
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// c (16 x 8) += a (16 x 16) b (16 x 8)
+__device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// b: hi in b[0], b[1], lo in b[2], b[3]. The small products first.
+__device__ __forceinline__ void multiply_split(float (&c)[4], const unsigned (&hi)[4], const unsigned (&lo)[4],
+                                               const unsigned (&b)[4]) {
+  multiply(c, lo, b[0], b[1]);
+  multiply(c, hi, b[2], b[3]);
+  multiply(c, hi, b[0], b[1]);
+}
+
+struct Split {
+  __half hi, lo;
+};
+
+__device__ __forceinline__ Split split(float scaled) {
+  const __half hi = __float2half_rn(scaled);
+  return {hi, __float2half_rn(scaled - __half2float(hi))};
+}
+
+__device__ __forceinline__ unsigned pack(__half first, __half second) {
+  return static_cast<unsigned>(__half_as_ushort(first)) | static_cast<unsigned>(__half_as_ushort(second)) << 16;
+}
+
+}  // namespace
+}  // namespace pyrewrite

@@ -1,0 +1,411 @@
+// The insertion of one target with few directions and a 3 x 3 kernel, the published edit. A block keeps all it needs of
+// its channels on the multiprocessor: base, goal, and one map a direction (keys are windows of it) in shared memory,
+// Lambda and the gradient in registers. A step has two barriers: after the warps' partial sums, and after Adam.
+//
+// A thread owns one or two channels and tiles of four pixels in a row. A channel's Adam is one warp's.
+#include "insertion/kernels.h"
+
+namespace pyrewrite {
+namespace {
+
+constexpr int kTaps = 9;
+constexpr int kMostRank = 4;
+constexpr int kMostPixels = 1 << 16;  // more never fit; the layout's sums stay small
+constexpr int kMostChannels = 4;      // of a block: 1, 2 or 4
+
+// R directions, C channels a thread.
+template <int R, int C>
+struct Traits {
+  // Threads hide each other's latency; three and four directions need the registers of 256.
+  static constexpr int kThreads = R <= 2 ? 512 : 256;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kKeys = R * kTaps;
+  static constexpr int kSums = C * (kKeys + 2);    // gradient, dloss / d demod and loss of each channel
+  static constexpr int kHeld = (kSums + 31) / 32;  // sums that a lane holds in the end
+  static constexpr bool kKeepWindow = R == 1;      // the keys stay in registers from forward to gradient
+  static_assert(2 * C * kKeys <= 72, "Lambda and gradient in registers");
+  static_assert(kWarps % kMostChannels == 0, "the warps share the channels evenly");
+  static_assert(kKeys <= 2 * 32, "Adam's warp takes two keys a lane");
+};
+
+// Places in shared memory, in floats. Pixels lie in tiles of four, `tiles_x` a row.
+struct Layout {
+  int tiles_x, tiles;  // of a row, of the target
+  int pitch;           // of a map's row: the tiles and the two pixels that their windows reach beyond, 16-byte rows
+  int map;             // R x (h + 2) x pitch
+  int noise, weight;   // tiles x 4
+  int base, goal;      // channels x tiles x 4
+  int lambda;          // channels x keys
+  int demod;           // channels
+  int sums;            // kWarps x kSums
+  int size;
+};
+
+__host__ __device__ inline Layout layout_of(int rank, int height, int width, int channels,
+                                            int sums) {  // sums: of all warps
+  Layout at;
+  at.tiles_x = (width + 3) / 4;
+  at.tiles = at.tiles_x * height;
+  at.pitch = 4 * at.tiles_x + 4;
+  at.map = 0;
+  at.noise = at.map + rank * (height + 2) * at.pitch;
+  at.weight = at.noise + 4 * at.tiles;
+  at.base = at.weight + 4 * at.tiles;
+  at.goal = at.base + 4 * channels * at.tiles;
+  at.lambda = at.goal + 4 * channels * at.tiles;
+  at.demod = at.lambda + channels * rank * kTaps;
+  at.sums = at.demod + channels;
+  at.size = at.sums + sums;
+  return at;
+}
+
+// Sums v[0 ... N - 1] over the warp: lane l ends with the sums number place(l), place(l) + 1, ... in v[0], v[1], ...
+// Each round halves what a lane holds: it gives one half to its partner and keeps the other, so N sums cost about N
+// shuffles, not 5 N.
+template <int N, int Step = 16>
+__device__ __forceinline__ void warp_sums(float* v) {
+  if constexpr (Step > 0) {
+    constexpr int kHalf = (N + 1) / 2;
+    const bool upper = (threadIdx.x & Step) != 0;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const float second = i + kHalf < N ? v[i + kHalf] : 0.f;
+      const float given = upper ? v[i] : second;
+      v[i] = (upper ? second : v[i]) + __shfl_xor_sync(0xffffffffu, given, Step);
+    }
+    warp_sums<kHalf, Step / 2>(v);
+  }
+}
+
+// Where the sums of `lane` begin.
+template <int N, int Step = 16>
+__host__ __device__ inline int sums_place(int lane) {
+  if constexpr (Step > 0) {
+    constexpr int kHalf = (N + 1) / 2;
+    return ((lane & Step) != 0 ? kHalf : 0) + sums_place<kHalf, Step / 2>(lane);
+  } else {
+    return 0;
+  }
+}
+
+// How many of v[0], v[1], ... are sums and no padding: what lies at or past N, or past the half that a round kept, is
+// another lane's or nothing.
+template <int N, int Step = 16>
+__host__ __device__ inline int sums_held(int lane, int held) {
+  if constexpr (Step > 0) {
+    constexpr int kHalf = (N + 1) / 2;
+    const int mine = (lane & Step) != 0 ? held - kHalf : (held < kHalf ? held : kHalf);
+    return sums_held<kHalf, Step / 2>(lane, mine > 0 ? mine : 0);
+  } else {
+    return held;
+  }
+}
+
+__device__ __forceinline__ float4 load4(const float* from) { return *reinterpret_cast<const float4*>(from); }
+
+// Six keys in a row: the window of four pixels.
+__device__ __forceinline__ void load_window(const float* row, float (&w)[6]) {
+  const float4 first = load4(row);
+  const float2 last = *reinterpret_cast<const float2*>(row + 4);
+  w[0] = first.x, w[1] = first.y, w[2] = first.z, w[3] = first.w, w[4] = last.x, w[5] = last.y;
+}
+
+template <int R, int C>
+struct Block {
+  using T = Traits<R, C>;
+  const InsertionProblem& p;
+  float* shared;
+  const Layout& at;
+  int first;     // channel of the block
+  int channels;  // of the block, past the last as well
+
+  // Row of keys, and of Lambda, that tap `tap` of a window in the map belongs to.
+  __device__ int key_of(int d, int tap) const { return d * kTaps + (p.flipped ? kTaps - 1 - tap : tap); }
+
+  __device__ void load() const {
+    const int h = p.heights[0], w = p.widths[0];
+    // Map pixel (i, j) is the key of tap (ty, tx) at pixel (i - ty, j - tx), for any tap that lands inside.
+    for (int d = 0; d < R; ++d)
+      for (int n = threadIdx.x; n < (h + 2) * at.pitch; n += T::kThreads) {
+        const int i = n / at.pitch, j = n % at.pitch;
+        const int ty = max(0, i - (h - 1)), tx = max(0, j - (w - 1));
+        shared[at.map + d * (h + 2) * at.pitch + n] =
+            tx < 3 ? p.keys[std::int64_t(key_of(d, ty * 3 + tx)) * p.pixels + (i - ty) * w + j - tx] : 0.f;
+      }
+    for (int n = threadIdx.x; n < 4 * at.tiles; n += T::kThreads) {
+      const int x = n % (4 * at.tiles_x), u = n / (4 * at.tiles_x) * w + x;
+      const bool inside = x < w;
+      shared[at.noise + n] = inside ? p.noise[u] : 0.f;
+      shared[at.weight + n] = inside ? p.weight[u] / p.channels : 0.f;
+      for (int c = 0; c < channels; ++c) {
+        const bool there = inside && first + c < p.channels;
+        const std::int64_t from = std::int64_t(first + c) * p.pixels + u;
+        shared[at.base + 4 * c * at.tiles + n] = there ? p.base[from] : 0.f;
+        shared[at.goal + 4 * c * at.tiles + n] = there ? p.goal[from] : 0.f;
+      }
+    }
+    for (int n = threadIdx.x; n < channels * T::kKeys; n += T::kThreads) {
+      const int c = n / T::kKeys, j = n % T::kKeys;
+      const int k = key_of(j / kTaps, j % kTaps);
+      shared[at.lambda + n] = first + c < p.channels ? p.lambda[(first + c) * T::kKeys + k] : 0.f;
+    }
+  }
+
+  // Partial sums of this thread's tiles: sums[c] is gradient (before demod), dloss / d demod, loss of channel c.
+  // member: this thread's number among `members` that share the channels.
+  __device__ void run_pixels(int channel, int member, int members, float (&sums)[C][T::kKeys + 2]) const {
+    float lambda[C][T::kKeys], demod[C], bias[C];
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+#pragma unroll
+      for (int j = 0; j < T::kKeys; ++j) lambda[c][j] = shared[at.lambda + (channel + c) * T::kKeys + j];
+#pragma unroll
+      for (int j = 0; j < T::kKeys + 2; ++j) sums[c][j] = 0.f;
+      demod[c] = shared[at.demod + channel + c];
+      bias[c] = first + channel + c < p.channels ? p.bias[first + channel + c] : 0.f;
+    }
+    const int map_stride = (p.heights[0] + 2) * at.pitch;
+    const int skip_y = members / at.tiles_x, skip_x = members % at.tiles_x;
+    int ty = member / at.tiles_x, tx = member % at.tiles_x;
+    for (int tile = member; tile < at.tiles; tile += members) {
+      const float* window = shared + at.map + ty * at.pitch + 4 * tx;
+      float y[C][4], kept[3][6];
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const float4 base = load4(shared + at.base + 4 * ((channel + c) * at.tiles + tile));
+        y[c][0] = base.x, y[c][1] = base.y, y[c][2] = base.z, y[c][3] = base.w;
+      }
+#pragma unroll
+      for (int d = 0; d < R; ++d)
+#pragma unroll
+        for (int row = 0; row < 3; ++row) {
+          load_window(window + d * map_stride + row * at.pitch, kept[row]);
+#pragma unroll
+          for (int c = 0; c < C; ++c)
+#pragma unroll
+            for (int tap = 0; tap < 3; ++tap)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) y[c][i] += kept[row][tap + i] * lambda[c][d * kTaps + row * 3 + tap];
+        }
+      float noise[4], weight[4];
+      *reinterpret_cast<float4*>(noise) = load4(shared + at.noise + 4 * tile);
+      *reinterpret_cast<float4*>(weight) = load4(shared + at.weight + 4 * tile);
+      float by_z[C][4];
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        float goal[4];
+        *reinterpret_cast<float4*>(goal) = load4(shared + at.goal + 4 * ((channel + c) * at.tiles + tile));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          by_z[c][i] = pixel_step<ScalarOps>(y[c][i], demod[c], noise[i] + bias[c], goal[i], weight[i], p.up, p.down,
+                                             sums[c][T::kKeys + 1]);
+          sums[c][T::kKeys] += by_z[c][i] * y[c][i];
+        }
+      }
+#pragma unroll
+      for (int d = 0; d < R; ++d)
+#pragma unroll
+        for (int row = 0; row < 3; ++row) {
+          if (!T::kKeepWindow) load_window(window + d * map_stride + row * at.pitch, kept[row]);
+#pragma unroll
+          for (int c = 0; c < C; ++c)
+#pragma unroll
+            for (int tap = 0; tap < 3; ++tap)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) sums[c][d * kTaps + row * 3 + tap] += by_z[c][i] * kept[row][tap + i];
+        }
+      ty += skip_y;
+      tx += skip_x;
+      if (tx >= at.tiles_x) {
+        tx -= at.tiles_x;
+        ++ty;
+      }
+    }
+  }
+};
+
+// Adam of one channel, by one warp: lane l owns the keys l and l + 32. Everything constant stays in registers.
+template <int R, int C>
+struct Optimizer {
+  using T = Traits<R, C>;
+  static constexpr int kOwn = (T::kKeys + 31) / 32;
+  float lambda[kOwn], mean[kOwn], square[kOwn], cross[kOwn], product[kOwn];
+  float energy, scale, demod;
+  int channel;  // of the layer
+  bool there, demodulate;
+
+  __device__ bool owns(int n) const { return threadIdx.x % 32 + 32 * n < T::kKeys; }
+
+  __device__ void load(const Block<R, C>& block, int c) {
+    const InsertionProblem& p = block.p;
+    channel = block.first + c;
+    there = channel < p.channels;
+    demodulate = p.energy != nullptr;
+    energy = demodulate && there ? p.energy[channel] : 1.f;
+    scale = p.penalty_scale != nullptr && there ? p.penalty_scale[channel] * (2.f / p.channels) : 0.f;
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n) {
+      const int j = threadIdx.x % 32 + 32 * n;
+      const bool own = there && owns(n);
+      const std::int64_t at = std::int64_t(channel) * T::kKeys + (own ? block.key_of(j / kTaps, j % kTaps) : 0);
+      lambda[n] = own ? p.lambda[at] : 0.f;
+      mean[n] = own ? p.exp_avg[at] : 0.f;
+      square[n] = own ? p.exp_avg_sq[at] : 0.f;
+      cross[n] = own && demodulate ? p.cross[at] : 0.f;
+    }
+  }
+
+  // matrix (r x r, global) times Lambda, at this lane's keys.
+  __device__ void multiply_square(const float* matrix, const float* all, float (&result)[kOwn]) const {
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n) {
+      const int j = threadIdx.x % 32 + 32 * n;
+      result[n] = 0.f;
+      if (!owns(n)) continue;
+#pragma unroll
+      for (int e = 0; e < R; ++e) result[n] += matrix[j / kTaps * R + e] * all[e * kTaps + j % kTaps];
+    }
+  }
+
+  // gram Lambda and demod for the Lambda at hand. all: the channel's Lambda in shared memory, which this warp wrote.
+  __device__ void demodulation(const InsertionProblem& p, const float* all, float* place) {
+    demod = 1.f;
+    if (demodulate) {
+      multiply_square(p.gram, all, product);
+      float norm2 = 0.f;
+#pragma unroll
+      for (int n = 0; n < kOwn; ++n) norm2 += (2.f * cross[n] + product[n]) * lambda[n];
+      demod = 1.f / sqrtf(energy + warp_sum(norm2));
+    }
+    if (threadIdx.x % 32 == 0) *place = demod;
+  }
+
+  // partial: the first of `count` warps' sums of this channel, `stride` apart.
+  __device__ void step(const InsertionProblem& p, const AdamStep& adam, const float* partial, int count, int stride,
+                       float* all, double* loss) {
+    float by_demod = 0.f, sum = 0.f;
+    for (int i = 0; i < count; ++i) {
+      by_demod += partial[i * stride + T::kKeys];
+      sum += partial[i * stride + T::kKeys + 1];
+    }
+    if (threadIdx.x % 32 == 0) *loss = there ? sum : 0.f;  // past the last channel the noise alone is left
+    float gradient[kOwn];
+    if (p.penalty_matrix != nullptr) multiply_square(p.penalty_matrix, all, gradient);
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n) {
+      const int j = threadIdx.x % 32 + 32 * n;
+      gradient[n] = p.penalty_matrix != nullptr ? gradient[n] * scale : 0.f;
+      if (!owns(n)) continue;
+      float data = 0.f;
+      for (int i = 0; i < count; ++i) data += partial[i * stride + j];
+      gradient[n] += data * demod;
+      // d demod / d Lambda = -demod^3 (cross + gram Lambda)
+      if (demodulate) gradient[n] -= by_demod * (demod * demod * demod) * (cross[n] + product[n]);
+    }
+    __syncwarp();  // Lambda has been read by the whole warp
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n) {
+      lambda[n] = adam_step<ScalarOps>(lambda[n], gradient[n], mean[n], square[n], adam);
+      if (owns(n)) all[threadIdx.x % 32 + 32 * n] = lambda[n];
+    }
+    __syncwarp();
+  }
+
+  __device__ void store(const Block<R, C>& block) const {
+    const InsertionProblem& p = block.p;
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n) {
+      const int j = threadIdx.x % 32 + 32 * n;
+      if (!there || !owns(n)) continue;
+      const std::int64_t at = std::int64_t(channel) * T::kKeys + block.key_of(j / kTaps, j % kTaps);
+      p.lambda[at] = lambda[n];
+      p.exp_avg[at] = mean[n];
+      p.exp_avg_sq[at] = square[n];
+    }
+  }
+};
+
+template <int R, int C>
+__global__ void __launch_bounds__(Traits<R, C>::kThreads, 1)
+    resident_kernel(const __grid_constant__ InsertionProblem p, const __grid_constant__ Layout at, int channels) {
+  using T = Traits<R, C>;
+  extern __shared__ __align__(16) float shared[];
+  const Block<R, C> block = {p, shared, at, static_cast<int>(blockIdx.x) * channels, channels};
+  const int warp = threadIdx.x / 32, groups = channels / C, group_warps = T::kWarps / groups,
+            group = warp / group_warps;
+  // Warp c optimises channel c; warps are spread over the schedulers, so the four of them do not share one.
+  const bool optimises = warp < channels;
+  Optimizer<R, C> optimizer;
+  block.load();
+  if (optimises) optimizer.load(block, warp);
+  __syncthreads();  // Lambda is whole
+  float* lambda = shared + at.lambda + warp * T::kKeys;
+  if (optimises) optimizer.demodulation(p, lambda, shared + at.demod + warp);
+  __syncthreads();
+  const int place = sums_place<T::kSums>(threadIdx.x % 32), held = sums_held<T::kSums>(threadIdx.x % 32, T::kSums);
+  for (int step = 0; step < p.count; ++step) {
+    float sums[C][T::kKeys + 2];
+    block.run_pixels(group * C, threadIdx.x - group * group_warps * 32, group_warps * 32, sums);
+    warp_sums<T::kSums>(&sums[0][0]);
+#pragma unroll
+    for (int i = 0; i < T::kHeld; ++i)
+      if (i < held) shared[at.sums + warp * T::kSums + place + i] = (&sums[0][0])[i];
+    __syncthreads();  // the partial sums are whole, Lambda is used up
+    if (optimises) {
+      const float* partial = shared + at.sums + warp / C * group_warps * T::kSums + warp % C * (T::kKeys + 2);
+      optimizer.step(p, p.schedule[step], partial, group_warps, T::kSums, lambda,
+                     p.block_losses + (std::int64_t(blockIdx.x) * channels + warp) * p.count + step);
+      optimizer.demodulation(p, lambda, shared + at.demod + warp);
+    }
+    __syncthreads();  // Lambda and demod are whole, the partial sums used up
+  }
+  if (optimises) optimizer.store(block);
+}
+
+template <int R, int C>
+cudaError_t launch(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(resident_kernel<R, C>, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  if (error != cudaSuccess) return error;
+  const int channels = plan.channels_per_block;
+  const Layout at = layout_of(R, p.heights[0], p.widths[0], channels, Traits<R, C>::kWarps * Traits<R, C>::kSums);
+  resident_kernel<R, C><<<plan.blocks, Traits<R, C>::kThreads, plan.shared_bytes, stream>>>(p, at, channels);
+  return cudaGetLastError();
+}
+
+template <int R, int C>
+InsertionPlan plan(const InsertionProblem& p, const InsertionDevice& device, int channels) {
+  const Layout at = layout_of(R, p.heights[0], p.widths[0], channels, Traits<R, C>::kWarps * Traits<R, C>::kSums);
+  if (4 * at.size > device.shared_bytes) return {};
+  const int blocks = (p.channels + channels - 1) / channels;
+  return {blocks, channels, 4 * at.size, true, blocks * channels, 0, 0};
+}
+
+}  // namespace
+
+// One target, 3 x 3, at most four directions. As many channels a block as fill the multiprocessors once, fewer where
+// they do not fit. One direction leaves the registers for two channels a thread, which share the loads of keys, noise
+// and weights.
+InsertionPlan plan_resident(const InsertionProblem& p, const InsertionDevice& device) {
+  if (p.targets != 1 || p.rank > kMostRank || p.kernel_height != 3 || p.kernel_width != 3) return {};
+  if (p.pixels > kMostPixels || p.heights[0] > kMostPixels / 4) return {};
+  int c = kMostChannels;
+  while (c > 1 && (p.channels + c / 2 - 1) / (c / 2) <= device.multiprocessors) c /= 2;
+  for (; c >= 1; c /= 2) {
+    const InsertionPlan found = p.rank == 1   ? (c >= 2 ? plan<1, 2>(p, device, c) : plan<1, 1>(p, device, c))
+                                : p.rank == 2 ? plan<2, 1>(p, device, c)
+                                : p.rank == 3 ? plan<3, 1>(p, device, c)
+                                              : plan<4, 1>(p, device, c);
+    if (found.blocks > 0) return found;
+  }
+  return {};
+}
+
+cudaError_t launch_resident(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream) {
+  if (p.rank == 1) return plan.channels_per_block >= 2 ? launch<1, 2>(p, plan, stream) : launch<1, 1>(p, plan, stream);
+  if (p.rank == 2) return launch<2, 1>(p, plan, stream);
+  if (p.rank == 3) return launch<3, 1>(p, plan, stream);
+  return launch<4, 1>(p, plan, stream);
+}
+
+}  // namespace pyrewrite
