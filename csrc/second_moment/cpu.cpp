@@ -5,6 +5,20 @@
 #include "second_moment/params.h"
 
 namespace pyrewrite {
+namespace {
+
+constexpr std::align_val_t kCacheLine{64};  // vectors of a panel must not straddle two
+
+struct FreeAligned {
+  template <typename T>
+  void operator()(T* pointer) const {
+    ::operator delete[](pointer, kCacheLine);
+  }
+};
+template <typename T>
+using Scratch = std::unique_ptr<T[], FreeAligned>;
+
+}  // namespace
 
 Status second_moment_cpu(const SecondMomentParams& p, double* total, int threads) {
   const std::int64_t rows = p.images * p.height * p.width;
@@ -13,8 +27,8 @@ Status second_moment_cpu(const SecondMomentParams& p, double* total, int threads
   const std::int64_t panels = (rows + kSecondMomentRows - 1) / kSecondMomentRows;
   const int parts = static_cast<int>(threads < panels ? (threads > 1 ? threads : 1) : panels);
   const SecondMomentSizes sizes = PYREWRITE_DISPATCH(second_moment_sizes)(p.d);
-  std::unique_ptr<float[]> panel(new (std::nothrow) float[sizes.panel * parts]);
-  std::unique_ptr<double[]> partial(new (std::nothrow) double[sizes.partial * parts]());
+  Scratch<float> panel(new (kCacheLine, std::nothrow) float[sizes.panel * parts]);
+  Scratch<double> partial(new (kCacheLine, std::nothrow) double[sizes.partial * parts]());
   if (!panel || !partial)
     return Status::error(Status::kUnsupported, "second moment: no memory for the scratch of %d threads at d = %d",
                          parts, p.d);

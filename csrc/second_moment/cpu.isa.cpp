@@ -15,10 +15,11 @@ constexpr int kPanel = kSecondMomentRows;    // rows of X in a panel: the longes
 template <int kVectors>
 struct Triangle {
   static constexpr int kColumns = kVectors * kLanes;  // of a tile
+  static constexpr int kTile = kPanel * kColumns + 16;
   static_assert(kColumns % kRows == 0, "a register block must not straddle two tiles");
 
   static std::int64_t tiles(int d) { return (d + kColumns - 1) / kColumns; }
-  static std::int64_t panel_size(int d) { return tiles(d) * kColumns * kPanel; }
+  static std::int64_t panel_size(int d) { return tiles(d) * kTile; }
   // Register blocks down to the diagonal's in the column tile `tile`.
   static std::int64_t blocks_in(std::int64_t tile, int d) {
     const std::int64_t end = (tile + 1) * kColumns;
@@ -30,36 +31,45 @@ struct Triangle {
     return blocks * kRows * kColumns;
   }
 
-  // panel: tiles x kPanel x kColumns. Copies one run of pixels that lie `step` apart, to rows at, at + 1, ... of the
-  // panel.
+  // panel: tiles x kTile, a tile kPanel x kColumns and a cache line, without which all tiles' rows would meet in one
+  // set of the first-level cache. Copies one run of pixels that lie `step` apart, to rows at, at + 1, ... of the panel.
   template <typename T>
   static void pack(const T* x, std::int64_t step, std::int64_t channel_stride, int d, int at, int run, float* panel) {
-    for (int c = 0; c < d; c += kColumns) {
+    if (channel_stride == 1) {
+      for (int k = 0; k < run; ++k) pack_row(x + k * step, d, panel + (at + k) * kColumns);
+      return;
+    }
+    // A cache line of pixels by a tile's channels at a time: both sides stay in the first-level cache.
+    for (int c = 0; c < d; c += kColumns, panel += kTile) {
       const int n = d - c < kColumns ? d - c : kColumns;
-      float* tile = panel + static_cast<std::int64_t>(c) * kPanel + at * kColumns;
-      if (channel_stride == 1) {
-        for (int k = 0; k < run; ++k) {
-          const T* from = x + k * step + c;
-          if (n == kColumns)
-            for (int j = 0; j < kColumns; ++j) tile[k * kColumns + j] = widen(from[j]);
-          else
-            for (int j = 0; j < n; ++j) tile[k * kColumns + j] = widen(from[j]);
-        }
-        continue;
-      }
-      // A cache line of pixels by a tile's channels at a time: both sides stay in the first-level cache.
       for (int k0 = 0; k0 < run; k0 += 16) {
         const int m = run - k0 < 16 ? run - k0 : 16;
-        for (int j = 0; j < n; ++j) {
-          const T* from = x + (c + j) * channel_stride + k0 * step;
-          for (int k = 0; k < m; ++k) tile[(k0 + k) * kColumns + j] = widen(from[k * step]);
-        }
+        const T* from = x + c * channel_stride + k0 * step;
+        float* to = panel + (at + k0) * kColumns;
+        int j = 0;
+        if (step == 1 && m == 16)
+          for (; j + 4 <= n; j += 4)
+            for (int k = 0; k < 16; k += 4)
+              transpose_4x4(from + j * channel_stride + k, channel_stride, to + k * kColumns + j, kColumns);
+        for (; j < n; ++j)
+          for (int k = 0; k < m; ++k) to[k * kColumns + j] = widen(from[j * channel_stride + k * step]);
       }
     }
   }
 
+  template <typename T>
+  static void pack_row(const T* x, int d, float* to) {
+    int c = 0;
+    for (; c + kColumns <= d; c += kColumns, to += kTile)
+      for (int j = 0; j < kColumns; ++j) to[j] = widen(x[c + j]);
+    for (int j = 0; c + j < d; ++j) to[j] = widen(x[c + j]);
+  }
+
   // Adds the products of a panel's rows to one register block of the float64 partial sums.
   static void block(const float* a, const float* b, int rows, double* to) {
+    // The partial sums of all blocks are larger than the second-level cache at many channels; they come while the
+    // products are summed.
+    for (int at = 0; at < kRows * kColumns; at += 8) __builtin_prefetch(to + at, 1);
     Vec sums[kRows][kVectors] = {};
     for (int k = 0; k < rows; ++k, a += kColumns, b += kColumns) {
       Vec columns[kVectors];
@@ -70,12 +80,10 @@ struct Triangle {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sums[i][v] += a[i] * columns[v];
     }
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
-      for (int v = 0; v < kVectors; ++v) {
-        float line[kLanes];
-        store(line, sums[i][v]);
-        for (int lane = 0; lane < kLanes; ++lane) to[i * kColumns + v * kLanes + lane] += line[lane];
-      }
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) add(to + i * kColumns + v * kLanes, sums[i][v]);
   }
 
   template <typename T>
@@ -102,8 +110,7 @@ struct Triangle {
       for (std::int64_t tile = 0; tile < tiles(p.d); ++tile)
         for (std::int64_t i = 0; i < blocks_in(tile, p.d); ++i, to += kRows * kColumns) {
           const std::int64_t row = i * kRows;
-          block(panel + row / kColumns * kColumns * kPanel + row % kColumns, panel + tile * kColumns * kPanel, filled,
-                to);
+          block(panel + row / kColumns * kTile + row % kColumns, panel + tile * kTile, filled, to);
         }
     }
   }
@@ -113,7 +120,9 @@ struct Triangle {
       for (std::int64_t i = 0; i < blocks_in(tile, d) * kRows; ++i, partial += kColumns)
         for (std::int64_t j = 0; j < kColumns; ++j) {
           const std::int64_t column = tile * kColumns + j;
-          if (i <= column && column < d) total[i * d + column] += partial[j];
+          if (i > column || column >= d) continue;
+          total[i * d + column] += partial[j];
+          total[column * d + i] = total[i * d + column];
         }
   }
 };

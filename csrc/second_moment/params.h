@@ -20,7 +20,7 @@ struct SecondMomentParams {
   std::int64_t image_stride, row_stride, column_stride, channel_stride;
 };
 
-// Adds to the upper triangle of total (d x d, row-major, float64). Products and sums over up to kSecondMomentRows rows
+// Adds to total (d x d, row-major, float64, symmetric). Products and sums over up to kSecondMomentRows rows
 // are float32, sums of these are float64. NaN and infinity go where the products put them.
 Status second_moment_cpu(const SecondMomentParams& params, double* total, int threads);
 
@@ -45,7 +45,7 @@ Status second_moment_workspace(const SecondMomentParams& params, Precision preci
 Status second_moment_cuda(const SecondMomentParams& params, Precision precision, MomentFamily family,
                           const MomentView& moment, void* workspace, int device, std::uintptr_t stream, bool wait);
 
-constexpr int kSecondMomentRows = 128;
+constexpr int kSecondMomentRows = 96;
 
 // What one thread needs: floats for its panel of rows, float64 partial sums (zero at first).
 struct SecondMomentSizes {
