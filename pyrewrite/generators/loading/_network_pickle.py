@@ -41,7 +41,6 @@ _STORAGES = {
     **{f"{name}Storage": size for name, size in (("Double", 8), ("Float", 4), ("Half", 2), ("BFloat16", 2))},
     **{f"{name}Storage": size for name, size in (("Long", 8), ("Int", 4), ("Short", 2), ("Char", 1), ("Byte", 1))},
     "BoolStorage": 1,
-    "UntypedStorage": 1,
 }
 # torch.save before 1.6, and of a storage to this day: a number, a version, the system, the object, keys, then the data.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -238,7 +237,7 @@ def _persistent_object(meta: Any) -> NetworkState:
 
 
 def _declared(module: str, name: str) -> Named:
-    if module not in ("torch", "torch.storage") or name not in _STORAGES:
+    if module != "torch" or name not in _STORAGES:
         raise PickleRefused(f"{module}.{name} inside of torch.storage._load_from_bytes")
     return Named(f"{module}.{name}")
 
@@ -268,20 +267,18 @@ def _storage(data: Any, budget: Budget) -> Any:
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
     """A view of a storage that lies within it; no view has more elements than its storage."""
-    if not isinstance(storage, (torch.TypedStorage, torch.UntypedStorage)):
+    if not isinstance(storage, torch.TypedStorage):
         raise PickleRefused(f"a tensor made of a {type(storage).__name__}, expected a torch storage")
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
         raise PickleDamaged(f"a tensor of size {size}, strides {stride} and offset {offset}")
-    dtype = storage.dtype if isinstance(storage, torch.TypedStorage) else torch.uint8
     available, count, last = len(storage), int(np.prod([1, *size], dtype=object)), offset
     last += sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else 0
     if count and (count > available or last >= available):
         raise PickleDamaged(f"a tensor of size {size}, strides {stride} and offset {offset} in {available} elements")
-    memory = storage.untyped() if isinstance(storage, torch.TypedStorage) else storage
     if not count:
-        return torch.empty(size, dtype=dtype)
-    return torch.empty(0, dtype=dtype).set_(memory, offset, size, stride)
+        return torch.empty(size, dtype=storage.dtype)
+    return torch.empty(0, dtype=storage.dtype).set_(storage.untyped(), offset, size, stride)
 
 
 def _parameter(data: Any, *_: Any) -> Tensor:

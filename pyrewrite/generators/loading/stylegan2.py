@@ -163,7 +163,7 @@ def _shape(weights: Weights, mapping: int, convs: int) -> StyleGAN2Shape:
     constant = require_shape(weights, "input.input", 4)
     if constant[2] != constant[3]:
         raise CheckpointMismatchError(
-            f"{weights.origin}: {weights.shown('input.input')} is {constant}, expected a square: others are not supported"
+            f"{weights.origin}: {weights.shown('input.input')} is {constant}, expected a square"
         )
     sizes, blurs, upsamples, channels = [], [], [], constant[1]
     for n in range(convs):
