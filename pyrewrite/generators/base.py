@@ -158,8 +158,11 @@ class Generator(nn.Module, abc.ABC):
     image_size  height and width of the images
     layers      name -> EditableLayer, in order
     truncation  w is pulled towards the mean latent: w_mean + truncation * (w - w_mean); 1 is off
+    classes     number of class labels; 0 for a generator without
+    label       the class of all images, 0 to classes - 1; None for a generator without classes
     notes       what was decided while loading, for `info`
     path        the file it was loaded from
+    layout      how that file named the weights, such as "rosinality"
     patches     the patches applied to the weights; belongs to `pyrewrite.rewriting`
     """
 
@@ -167,12 +170,15 @@ class Generator(nn.Module, abc.ABC):
     z_dim: int
     image_size: int
     image_channels: int
+    classes: int = 0
+    _label: int | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.notes: list[str] = []
         self.patches: Any = None
         self.path: Path | None = None
+        self.layout: str | None = None
         self._layers = Layers()
         self._hash: tuple[tuple, str] | None = None
 
@@ -230,6 +236,19 @@ class Generator(nn.Module, abc.ABC):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+    @property
+    def label(self) -> int | None:
+        return self._label
+
+    @label.setter
+    def label(self, value: int | None) -> None:
+        if not self.classes:
+            if value is not None:
+                raise ValueError(f"this generator has no class labels: label is None, got {value!r}")
+        elif isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < self.classes:
+            raise ValueError(f"label is a class number from 0 to {self.classes - 1}, got {value!r}")
+        self._label = value
 
     def latents(self, numbers: int | Iterable[int], seed: int = 1) -> Tensor:
         """The latents of numbered images, B x z_dim, float32, on the generator's device. See `numbered_latents`."""

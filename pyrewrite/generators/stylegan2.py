@@ -105,16 +105,21 @@ class ToRGB(nn.Module):
         return rgb if skip is None else rgb + upsampled_by_two(skip, self.upsample.kernel)
 
 
+def _normalised(x: Tensor) -> Tensor:  # B x C, to a mean square of 1 in each row
+    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPSILON)
+
+
 @dataclass(frozen=True)
 class StyleGAN2Shape:
     """Every size of a network, as read from its weights.
 
-    mapping    widths of the mapping network: z, hidden ..., w
+    mapping    widths of the mapping network: z (and the embedded label after it), hidden ..., w
     base       height and width of the learned constant
     input      channels of the constant
     convs      (out, in, kernel size) of conv1, convs.0, convs.1, ...
     blurs      (height, width) of the filter of each up-sampling convolution
     upsamples  (height, width) of the filter of each skip connection
+    labels     number of classes and width of their embedding; None for a generator without
     """
 
     mapping: tuple[int, ...]
@@ -124,6 +129,7 @@ class StyleGAN2Shape:
     blurs: tuple[tuple[int, int], ...]
     upsamples: tuple[tuple[int, int], ...]
     image_channels: int = 3
+    labels: tuple[int, int] | None = None
 
 
 class StyleGAN2(Generator):
@@ -135,6 +141,12 @@ class StyleGAN2(Generator):
         super().__init__()
         widths, style_dim = shape.mapping, shape.mapping[-1]
         self.z_dim, self.w_dim = widths[0], style_dim
+        self.embed = None
+        if shape.labels is not None:
+            self.classes, embedding = shape.labels
+            self.embed = EqualLinear(self.classes, embedding)
+            self.z_dim -= embedding
+            self._label = 0
         self.image_channels = shape.image_channels
         # style.0 is the normalisation, which has no weights; the names begin at style.1.
         mapping = [EqualLinear(a, b, MAPPING_RATE, activated=True) for a, b in pairwise(widths)]
@@ -177,12 +189,15 @@ class StyleGAN2(Generator):
         self._truncation = value
 
     def mapped(self, z: Tensor) -> Tensor:
-        """z: B x z_dim -> w: B x w_dim, before truncation.
+        """z: B x z_dim -> w: B x w_dim, before truncation; of the class `label` where the generator has classes.
 
         In float64: the mapping is a small part of the work, and its rounding is the largest error in the images.
         """
-        w = z.double()
-        w = w * torch.rsqrt(w.square().mean(1, keepdim=True) + EPSILON)
+        w = _normalised(z.double())
+        if self.embed is not None:
+            one_hot = F.one_hot(torch.tensor([self._label], device=z.device), self.classes)  # 1 x classes
+            label = _normalised(self.embed(one_hot.double()))  # 1 x embedding
+            w = torch.cat([w, label.expand(len(w), -1)], 1)
         for layer in self.style[1:]:
             w = layer(w)
         return w.to(z.dtype)

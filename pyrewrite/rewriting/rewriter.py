@@ -79,14 +79,16 @@ class Rewriter:
             progress=self._progress,
         )
 
-    def _hash_of_keys(self) -> tuple[str, float]:
+    def _hash_of_keys(self) -> tuple[str, float, int | None]:
         """What the keys depend on. Patches of this layer and of later ones do not reach its keys."""
         order = list(self.generator.layers)
         patches = self.generator.patches
         active = patches.active if patches else []
         if all(order.index(u.layer) >= order.index(self.layer) for p in active for u in p.updates):
-            return (patches.original_hash if patches else self.generator.weights_hash()), self.generator.truncation
-        return self.generator.weights_hash(), self.generator.truncation
+            weights = patches.original_hash if patches else self.generator.weights_hash()
+        else:
+            weights = self.generator.weights_hash()
+        return weights, self.generator.truncation, self.generator.label
 
     @property
     def statistics(self) -> LayerStatistics:

@@ -4,25 +4,54 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyrewrite.errors import CheckpointMismatchError
 from pyrewrite.generators.base import Generator
-from pyrewrite.generators.loading import progan, stylegan2
+from pyrewrite.generators.loading import nvidia, progan, stylegan2
+from pyrewrite.generators.loading._content import checkpoint_kind
 from pyrewrite.generators.loading._names import Weights, find_weights
+from pyrewrite.generators.loading._network_pickle import read_network_pickle
+from pyrewrite.generators.loading._safetensors_file import read_safetensors
 from pyrewrite.generators.loading._torch_file import read_torch_file
 
 _ASSETS = Path(__file__).parent.parent.parent / "assets"
 BUNDLED = {"peeps": "stylegan2-peeps-128.pt", "peeps-progan": "progan-peeps-64.pth"}
 FAMILIES = ("stylegan2", "progan")
-_FAMILIES = {"stylegan2": stylegan2, "progan": progan}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which files name the weights of a family.
+
+    matches  names and tensors -> how many of the names are those of the layout
+    load     builds the generator from weights and the seed for missing noise
+    """
+
+    name: str
+    family: str
+    what: str
+    matches: Callable[[dict[str, Tensor]], int]
+    load: Callable[[Weights, int], Generator]
+
+
+# Where two layouts know equally many names of a file, the first is taken.
+LAYOUTS = [
+    Layout("rosinality", "stylegan2", stylegan2.WHAT, stylegan2.matching_names, stylegan2.load),
+    Layout("NVIDIA", "stylegan2", nvidia.WHAT, nvidia.matching_names, nvidia.load),
+    Layout("official", "progan", progan.WHAT, progan.matching_names, lambda weights, seed: progan.load(weights)),
+]
 
 # Names that give away what else a file can be: (part of a name, what it is).
 _FOREIGN = (
     ("final_linear", "a discriminator of StyleGAN2, not a generator"),
-    ("synthesis.b4.", "a StyleGAN2 in NVIDIA's layout, which is not read here"),
+    (".fromrgb.", "a discriminator in NVIDIA's layout, not a generator"),
     ("synthesis.L0_", "a StyleGAN3, which is not read here"),
     ("progression.", "a StyleGAN of the first generation, which is not read here"),
 )
@@ -56,14 +85,23 @@ def load_generator(
     if not math.isfinite(truncation):
         raise ValueError(f"truncation is a finite number, got {truncation}")
     path = _resolved(path_or_name)
-    weights = find_weights(read_torch_file(path), str(path))
-    found = _family(weights)
-    if family not in (None, found):
-        raise CheckpointMismatchError(f"{path} holds a {_FAMILIES[found].WHAT}, but family={family!r} was asked for")
-    generator = stylegan2.load(weights, seed) if found == "stylegan2" else progan.load(weights)
-    generator.path = path
+    weights = find_weights(_content(path), str(path))
+    layout = _layout(weights)
+    if family not in (None, layout.family):
+        raise CheckpointMismatchError(f"{path} holds a {layout.what}, but family={family!r} was asked for")
+    generator = layout.load(weights, seed)
+    generator.path, generator.layout = path, layout.name
     generator.truncation = truncation
     return generator.to(device)
+
+
+def _content(path: Path) -> Any:
+    kind = checkpoint_kind(path)
+    if kind == "pickle":
+        return read_network_pickle(path)
+    if kind == "safetensors":
+        return read_safetensors(path)[0]
+    return read_torch_file(path)
 
 
 def _resolved(path_or_name: str | os.PathLike) -> Path:
@@ -78,17 +116,16 @@ def _resolved(path_or_name: str | os.PathLike) -> Path:
     return path
 
 
-def _family(weights: Weights) -> str:
+def _layout(weights: Weights) -> Layout:
     for part, what in _FOREIGN:
         if any(part in name for name in weights.tensors):
             raise CheckpointMismatchError(f"{weights.origin} holds {what}")
-    scores = {name: module.matching_names(weights.tensors) for name, module in _FAMILIES.items()}
-    best = max(scores, key=scores.get)
-    if not scores[best]:
+    scores = [layout.matches(weights.tensors) for layout in LAYOUTS]
+    if not max(scores):
         shown = ", ".join(list(weights.tensors)[:8])
         raise CheckpointMismatchError(
             f"{weights.origin} holds {len(weights.tensors)} tensors, but not those of a generator known here "
             f"(StyleGAN2: conv1.conv.weight, convs.0.conv.weight, ...; Progressive GAN: layer1.conv.weight, ...). "
             f"It holds {shown} ..."
         )
-    return best
+    return LAYOUTS[scores.index(max(scores))]

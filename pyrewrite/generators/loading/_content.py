@@ -6,12 +6,12 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from pyrewrite.errors import DamagedCheckpointError, NotACheckpointError
+from pyrewrite.errors import CheckpointError, DamagedCheckpointError, NotACheckpointError
 
 _ZIP = b"PK\x03\x04"
 # torch.save before 1.6 begins with a pickled magic number (protocol 2, LONG1 of ten bytes).
 _LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa8501a")[:-1]
-_EXPECTED = "expected a torch checkpoint of a StyleGAN2 (rosinality or rewriting layout) or a Progressive GAN"
+_EXPECTED = "expected a generator: a torch checkpoint, a safetensors file, or a pickle of NVIDIA's StyleGAN2-ADA"
 
 _SIGNATURES = (
     (b"\x89PNG", "a PNG picture"),
@@ -33,8 +33,8 @@ _SIGNATURES = (
 )
 
 
-def require_checkpoint(path: Path) -> None:
-    """Raise unless the file is a whole torch checkpoint as far as its outer layout says.
+def checkpoint_kind(path: Path) -> str:
+    """ "torch", "pickle" or "safetensors": what the file is as far as its outer layout says, and whole.
 
     Raises FileNotFoundError, IsADirectoryError, NotACheckpointError (which names what the file is) or
     DamagedCheckpointError (with sizes).
@@ -50,12 +50,18 @@ def require_checkpoint(path: Path) -> None:
         raise NotACheckpointError(f"{str(path)!r} is empty (0 bytes); {_EXPECTED}")
     if head.startswith(_ZIP):
         _require_whole_archive(path, size)
-    elif not head.startswith(_LEGACY):
-        if _LEGACY.startswith(head):
-            raise DamagedCheckpointError(
-                f"{str(path)!r} is truncated: {size} bytes, which is less than a torch file's header"
-            )
-        raise NotACheckpointError(f"{str(path)!r} ({size} bytes) is {_described(head)}; {_EXPECTED}")
+        return "torch"
+    if head.startswith(_LEGACY):
+        return "torch"
+    if _LEGACY.startswith(head):
+        raise DamagedCheckpointError(
+            f"{str(path)!r} is truncated: {size} bytes, which is less than a torch file's header"
+        )
+    if head[8:9] == b"{" and not head.startswith(b"{"):  # a length of eight bytes, then a JSON text
+        return "safetensors"
+    if head[:1] == b"\x80" and 2 <= head[1] <= 5:
+        return "pickle"
+    raise NotACheckpointError(f"{str(path)!r} ({size} bytes) is {_described(head)}; {_EXPECTED}")
 
 
 def _described(head: bytes) -> str:
@@ -66,10 +72,6 @@ def _described(head: bytes) -> str:
         return "a WebP picture"
     if head[257:262] == b"ustar":
         return "a tar archive"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 30:
-        return "a safetensors file, not a torch checkpoint"
-    if head[:1] == b"\x80" and 2 <= head[1] <= 5:
-        return "a Python pickle, not a torch checkpoint (pickles run code when opened, and are not opened here)"
     if not head.strip(b"\x00"):
         return "nothing but zero bytes: damaged, or a download that was never finished"
     try:
@@ -91,6 +93,7 @@ def _require_whole_archive(path: Path, size: int) -> None:
                 raise NotACheckpointError(
                     f"{str(path)!r} is a TorchScript archive, a program with weights; {_EXPECTED}"
                 )
+            _refuse_tricks(path, archive, size)
             if not any(name == "data.pkl" or name.endswith("/data.pkl") for name in names):
                 kind = (
                     "a NumPy archive (.npz)"
@@ -100,7 +103,7 @@ def _require_whole_archive(path: Path, size: int) -> None:
                 raise NotACheckpointError(f"{str(path)!r} is {kind} without a checkpoint in it; {_EXPECTED}")
             bad = _damaged_records(archive)
     except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
-        if isinstance(error, NotACheckpointError):
+        if isinstance(error, CheckpointError):
             raise
         raise DamagedCheckpointError(
             f"{str(path)!r} is truncated or damaged: {size} bytes, {_first_incomplete_record(path, size)}"
@@ -111,6 +114,27 @@ def _require_whole_archive(path: Path, size: int) -> None:
         raise DamagedCheckpointError(
             f"{str(path)!r} is damaged: {size} bytes, {len(bad)} of {len(names)} records unreadable or with a wrong "
             f"checksum ({records})"
+        )
+
+
+def _refuse_tricks(path: Path, archive: zipfile.ZipFile, size: int) -> None:
+    """Raise CheckpointError for an archive that no torch writes: names out of its folder, twice, records that swell."""
+    names = archive.namelist()
+    for name in names:
+        parts = name.replace("\\", "/").split("/")
+        if ".." in parts or parts[0] == "" or ":" in parts[0]:
+            raise CheckpointError(f"{str(path)!r} is a zip archive with a record {name!r}, which lies outside of it")
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise CheckpointError(f"{str(path)!r} is a zip archive with two records {twice[0]!r}")
+    pickles = [name for name in names if name == "data.pkl" or name.endswith("/data.pkl")]
+    if len(pickles) > 1:
+        raise CheckpointError(f"{str(path)!r} is a zip archive with several contents: {', '.join(pickles[:4])}")
+    # torch stores without compression. A repacked file may be compressed, but trained weights hardly are compressible.
+    unpacked = sum(info.file_size for info in archive.infolist())
+    if unpacked > 4 * size + (1 << 20):
+        raise CheckpointError(
+            f"{str(path)!r} is a zip archive of {size} bytes whose records declare {unpacked}: no checkpoint swells so"
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrewrite.errors import CheckpointMismatchError, NonFiniteWeightsError
 from pyrewrite.generators.base import Generator
-from pyrewrite.generators.loading._torch_file import PlainArray
+from pyrewrite.generators.loading._plain_arrays import PlainArray
 
 # Names under which files keep a generator, the averaged copy before the trained one.
 _AVERAGED = ("g_ema", "G_ema", "generator_ema", "ema", "params_ema")
@@ -25,12 +25,18 @@ class Weights:
     """The tensors of one generator under the names of the file, without what wrappers added.
 
     beside   what stood beside the generator in the file (latent_avg, step counters, options)
+    theirs   after a layout's names were translated: ours -> the file's, for messages
     """
 
     origin: str
     tensors: dict[str, Tensor]
     beside: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    theirs: dict[str, str] = field(default_factory=dict)
+
+    def shown(self, name: str) -> str:
+        """The name under which the user finds a tensor in the file."""
+        return self.theirs.get(name, name)
 
 
 def find_weights(content: Any, origin: str) -> Weights:
@@ -100,7 +106,7 @@ def fill(generator: Generator, weights: Weights, what: str) -> None:
     """Copy the tensors into the generator, in float32. Raises before that if a shape, type or value is wrong."""
     state = generator.state_dict(keep_vars=True)
     wrong = [
-        f"{name} is {tuple(weights.tensors[name].shape)}, expected {tuple(tensor.shape)}"
+        f"{weights.shown(name)} is {tuple(weights.tensors[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in state.items()
         if weights.tensors[name].shape != tensor.shape
     ]
@@ -109,7 +115,7 @@ def fill(generator: Generator, weights: Weights, what: str) -> None:
             f"{weights.origin} is not a consistent {what}: {_listed(wrong)}; nothing was loaded"
         )
     types = [
-        f"{name} is {t.dtype}"
+        f"{weights.shown(name)} is {t.dtype}"
         for name, t in weights.tensors.items()
         if not t.is_floating_point() or t.layout != torch.strided
     ]
@@ -118,7 +124,7 @@ def fill(generator: Generator, weights: Weights, what: str) -> None:
             f"{weights.origin}: weights are dense floating point numbers, but {_listed(types)}"
         )
     bad = [
-        f"{name} ({int((~t.isfinite()).sum())} of {t.numel()})"
+        f"{weights.shown(name)} ({int((~t.isfinite()).sum())} of {t.numel()})"
         for name, t in weights.tensors.items()
         if not t.isfinite().all()
     ]
@@ -130,7 +136,7 @@ def fill(generator: Generator, weights: Weights, what: str) -> None:
     with torch.no_grad():
         for name, tensor in state.items():
             tensor.copy_(weights.tensors[name])
-    overflow = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    overflow = [weights.shown(name) for name, tensor in state.items() if not tensor.isfinite().all()]
     if overflow:
         raise NonFiniteWeightsError(f"{weights.origin} holds weights beyond the range of float32: {_listed(overflow)}")
 
@@ -140,6 +146,6 @@ def require_shape(weights: Weights, name: str, dimensions: int) -> tuple[int, ..
     shape = tuple(weights.tensors[name].shape)
     if len(shape) != dimensions or 0 in shape:
         raise CheckpointMismatchError(
-            f"{weights.origin}: {name} is {shape}, expected {dimensions} dimensions, none of them 0"
+            f"{weights.origin}: {weights.shown(name)} is {shape}, expected {dimensions} dimensions, none of them 0"
         )
     return shape

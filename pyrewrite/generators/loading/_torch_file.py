@@ -8,56 +8,23 @@ types; arrays of objects are refused).
 from __future__ import annotations
 
 import argparse
+import mmap
+import os
 import pickle
 import re
 import threading
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from pyrewrite.errors import CheckpointError, DamagedCheckpointError
-from pyrewrite.generators.loading._content import require_checkpoint
+from pyrewrite.generators.loading._pickle_machine import Inert, Named, PickleDamaged, PickleMachine, PickleRefused
+from pyrewrite.generators.loading._plain_arrays import DType, PlainArray, empty_array, plain_scalar
 
 _LOCK = threading.Lock()  # torch keeps its list of safe names for the whole process
-
-
-class _DType:
-    """Stands in for numpy.dtype while unpickling: booleans, integers, floating point and complex numbers only."""
-
-    def __init__(self, code: str, *_: Any):
-        self.dtype = np.dtype(code)
-        if self.dtype.kind not in "biufc":
-            raise pickle.UnpicklingError(f"a NumPy array of {code!r}: only plain numbers are read")
-
-    def __setstate__(self, state: tuple) -> None:
-        if state[1] in ("<", ">", "="):
-            self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class PlainArray:
-    """Stands in for numpy.ndarray while unpickling; `array` is the content."""
-
-    array: np.ndarray
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran, data = state
-        if not isinstance(dtype, _DType) or not isinstance(data, bytes):
-            raise pickle.UnpicklingError("a NumPy array whose content is not plain numbers")
-        array = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran else "C")
-        self.array = array.astype(dtype.dtype.newbyteorder("="))  # owned, writable, in this machine's byte order
-
-
-def _reconstruct(*_: Any) -> PlainArray:
-    return PlainArray()
-
-
-def _scalar(dtype: _DType, data: bytes) -> Any:
-    if not isinstance(dtype, _DType) or not isinstance(data, bytes):
-        raise pickle.UnpicklingError("a NumPy scalar that is not a plain number")
-    return np.frombuffer(data, dtype.dtype)[0].item()
 
 
 class Options(argparse.Namespace):
@@ -67,15 +34,15 @@ class Options(argparse.Namespace):
 _HARMLESS = [
     (Options, "argparse.Namespace"),
     (PlainArray, "numpy.ndarray"),
-    (_DType, "numpy.dtype"),
+    (DType, "numpy.dtype"),
     *(
         (function, f"numpy.{core}.multiarray.{name}")
         for core in ("core", "_core")
-        for function, name in ((_reconstruct, "_reconstruct"), (_scalar, "scalar"))
+        for function, name in ((empty_array, "_reconstruct"), (plain_scalar, "scalar"))
     ),
     # The names under which torch looks the classes up again while building them.
     PlainArray,
-    _DType,
+    DType,
     Options,
 ]
 
@@ -83,15 +50,17 @@ _HARMLESS = [
 def read_torch_file(path: Path) -> Any:
     """The content of a torch checkpoint: dicts, lists, numbers, text and tensors on the CPU.
 
-    Raises FileNotFoundError, IsADirectoryError, or a CheckpointError that says what the file is, or that it is damaged.
+    Raises CheckpointError, which names what was found and refused, or DamagedCheckpointError.
     """
-    require_checkpoint(path)
     size = path.stat().st_size
     try:
+        _look_through(path, size)
         # torch warns about protocols, TorchScript and storages here; what matters of it becomes an error or nothing.
         with _LOCK, torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
+    except PickleRefused as error:
+        raise CheckpointError(f"{str(path)!r} holds {error}; nothing of it was read") from error
     except pickle.UnpicklingError as error:
         unsupported = re.search(r"GLOBAL (\S+)", str(error))
         if unsupported:
@@ -109,6 +78,46 @@ def read_torch_file(path: Path) -> Any:
         raise DamagedCheckpointError(
             f"{str(path)!r} is truncated or damaged ({size} bytes): {_first_line(error)}"
         ) from error
+
+
+def _look_through(path: Path, size: int) -> None:
+    """Raise PickleRefused if the pickle in the file uses means that torch's files never use.
+
+    torch's own reader, which decides what may be named, is not made to withstand all of them: keys that take for ever
+    to hash, say, or memory as declared in a header.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            pickled = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
+            info = archive.getinfo(pickled[0])
+            if info.compress_type != zipfile.ZIP_STORED:
+                _machine(archive.read(info), size).read()
+                return
+        # Not by the archive's reader: torch can be told to leave out checksums, and then this one's is wrong.
+        with path.open("rb") as file:
+            file.seek(info.header_offset + 26)
+            lengths = file.read(4)
+            file.seek(int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little"), os.SEEK_CUR)
+            _machine(file.read(info.file_size), size).read()
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        machine, at = _machine(data, size), 0
+        for _ in range(5):  # a number, a version, the system, the content, keys
+            _, at = machine.read(at)
+
+
+def _machine(data: Any, size: int) -> PickleMachine:
+    def find(module: str, name: str) -> Named:
+        return Named(f"{module}.{name}", lambda *_: Inert(), lambda *_: Inert())
+
+    def persistent(pid: Any) -> Inert:
+        # ('storage', type, key, place, number of elements, ...): none has less than a byte an element.
+        count = pid[4] if type(pid) is tuple and len(pid) > 4 else 0
+        if type(count) is int and not 0 <= count <= size:
+            raise PickleDamaged(f"truncated: a storage of {count} elements is declared, the file has {size} bytes")
+        return Inert()
+
+    return PickleMachine(data, find, persistent)
 
 
 def _first_line(error: Exception) -> str:

@@ -69,11 +69,15 @@ def load(weights: Weights, noise_seed: int) -> StyleGAN2:
     noises = [f"noises.noise_{n}" for n in range(convs)]
     missing_noises = [name for name in noises if name not in weights.tensors]
     names = _expected_names(max(mapping - 1, 1), convs)
+    if any(name.startswith("embed.") for name in weights.tensors):
+        names += ["embed.weight", "embed.bias"]
     require_names(weights, [*names, *(name for name in noises if name in weights.tensors)], WHAT)
 
     shape = _shape(weights, max(mapping - 1, 1), convs)
     generator = StyleGAN2(shape)
     generator.notes += weights.notes
+    if generator.classes:
+        generator.notes.append(f"{generator.classes} class labels: images are of class 0 until `label` is set")
     _make_noises(generator, weights, missing_noises, noise_seed)
     weights.tensors["latent_avg"] = torch.zeros(shape.mapping[-1]) if mean is None else mean
     fill(generator, weights, WHAT)
@@ -127,7 +131,10 @@ def _refuse_other_architectures(weights: Weights, convs: int) -> None:
         raise CheckpointMismatchError(
             f"{weights.origin} is a StyleGAN2 without skip connections (colours in the last layer only): not supported"
         )
+    known = {"embed.weight", "embed.bias"}  # as NVIDIA's: a linear layer; a table of embeddings has no bias
     labels = [name for name in weights.tensors if "embed" in name or "label" in name]
+    if known <= set(labels):
+        labels = [name for name in labels if name not in known]
     if labels:
         raise CheckpointMismatchError(
             f"{weights.origin} is a generator with class labels ({', '.join(labels[:3])}): not supported"
@@ -155,16 +162,16 @@ def _shape(weights: Weights, mapping: int, convs: int) -> StyleGAN2Shape:
     widths = [require_shape(weights, f"style.{n}.weight", 2) for n in range(1, mapping + 1)]
     constant = require_shape(weights, "input.input", 4)
     if constant[2] != constant[3]:
-        raise CheckpointMismatchError(f"{weights.origin}: input.input is {constant}; only square images are supported")
+        raise CheckpointMismatchError(
+            f"{weights.origin}: {weights.shown('input.input')} is {constant}, expected a square"
+        )
     sizes, blurs, upsamples, channels = [], [], [], constant[1]
     for n in range(convs):
         name = "conv1" if n == 0 else f"convs.{n - 1}"
         one, o, i, kh, kw = require_shape(weights, f"{name}.conv.weight", 5)
         if one != 1 or kh != kw or kh % 2 == 0 or i != channels:
-            expected = f"(1, channels, {channels}, k, k) with k odd"
-            raise CheckpointMismatchError(
-                f"{weights.origin}: {name}.conv.weight is {(one, o, i, kh, kw)}, expected {expected}"
-            )
+            shown, expected = weights.shown(f"{name}.conv.weight"), f"(1, channels, {channels}, k, k) with k odd"
+            raise CheckpointMismatchError(f"{weights.origin}: {shown} is {(one, o, i, kh, kw)}, expected {expected}")
         sizes.append((o, i, kh))
         channels = o
         if n % 2:
@@ -176,7 +183,14 @@ def _shape(weights: Weights, mapping: int, convs: int) -> StyleGAN2Shape:
         raise CheckpointMismatchError(
             f"{weights.origin} makes images of {image_channels} channels; 1 (grey) and 3 (RGB) are supported"
         )
+    labels = require_shape(weights, "embed.weight", 2)[::-1] if "embed.weight" in weights.tensors else None
+    if labels is not None and labels[1] >= widths[0][1]:
+        raise CheckpointMismatchError(
+            f"{weights.origin}: {weights.shown('embed.weight')} is {labels[::-1]}, expected fewer rows than the "
+            f"{widths[0][1]} inputs of the mapping, which are z and these"
+        )
     return StyleGAN2Shape(
+        labels=labels,
         mapping=(widths[0][1], *(o for o, _ in widths)),
         base=constant[2],
         input=constant[1],
@@ -190,7 +204,9 @@ def _shape(weights: Weights, mapping: int, convs: int) -> StyleGAN2Shape:
 def _filter_size(weights: Weights, name: str) -> tuple[int, int]:
     height, width = require_shape(weights, name, 2)
     if height != width:
-        raise CheckpointMismatchError(f"{weights.origin}: {name} is {(height, width)}, expected a square filter")
+        raise CheckpointMismatchError(
+            f"{weights.origin}: {weights.shown(name)} is {(height, width)}, expected a square filter"
+        )
     return height, width
 
 

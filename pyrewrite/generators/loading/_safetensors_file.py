@@ -1,0 +1,64 @@
+"""Reading safetensors files: a length, a JSON text with names, types, shapes and places, then the numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pyrewrite.errors import CheckpointError, DamagedCheckpointError
+
+MAX_HEADER = 100 * 1024 * 1024  # the format's own bound
+FORMAT = "pyrewrite-generator"  # metadata "format" of files that save_generator wrote
+VERSION = 1
+
+
+def header_problem(path: Path, size: int) -> str | None:
+    """What is wrong with the header of a safetensors file, in words; None if nothing is."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length >= 1 << 63:
+            return f"its header declares a negative length, {length - (1 << 64)}"
+        if length > MAX_HEADER:
+            return f"its header declares {length} bytes, the format allows {MAX_HEADER}"
+        if size < 8 + length:
+            return f"truncated: its header declares {length} bytes, {max(size - 8, 0)} follow"
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return f"its header is not a JSON text: {error}"
+    if not isinstance(header, dict):
+        return f"its header is a {type(header).__name__}, expected names"
+    end = 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        places = entry.get("data_offsets") if isinstance(entry, dict) else None
+        if not isinstance(places, list) or len(places) != 2 or any(type(n) is not int or n < 0 for n in places):
+            return f"the entry {name!r} of its header has no place in the file"
+        end = max(end, *places)
+    if size != 8 + length + end:
+        return f"truncated or damaged: its header declares {8 + length + end} bytes"
+    return None
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata. Raises DamagedCheckpointError, or CheckpointError for a newer pyrewrite's file."""
+    size = path.stat().st_size
+    if problem := header_problem(path, size):
+        raise DamagedCheckpointError(f"{str(path)!r} is a safetensors file of {size} bytes, and {problem}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
+        raise DamagedCheckpointError(f"{str(path)!r} is a damaged safetensors file ({size} bytes): {error}") from error
+    if metadata.get("format") == FORMAT and metadata.get("version") != str(VERSION):
+        raise CheckpointError(
+            f"{str(path)!r} was written by another pyrewrite: version {metadata.get('version')!r} of the format, "
+            f"{VERSION} is read here"
+        )
+    return tensors, metadata

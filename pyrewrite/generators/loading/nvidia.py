@@ -1,0 +1,149 @@
+"""StyleGAN2 in the layout of NVIDIA's PyTorch repositories (stylegan2-ada-pytorch, and stylegan3's `stylegan2` config).
+
+Names as in training/networks.py there: mapping.fcN, mapping.embed, mapping.w_avg; synthesis.bR with const or conv0,
+conv1, torgb. A weight is O x I x k x k; that of an up-sampling layer is for a true convolution, as is that of a
+transposed one here, so that nothing is turned round. Low-pass filters sum to 1 there and to 4 here, after the zeros
+between the pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from torch import Tensor
+
+from pyrewrite.errors import CheckpointMismatchError
+from pyrewrite.generators.loading import stylegan2
+from pyrewrite.generators.loading._names import Weights, require_names, require_shape
+from pyrewrite.generators.stylegan2 import MAPPING_RATE, StyleGAN2
+
+WHAT = "StyleGAN2 generator in NVIDIA's layout"
+_NAMES = re.compile(r"synthesis\.b\d+\.|mapping\.(fc\d+|embed)\.|mapping\.w_avg$")
+_LAYER = ("weight", "bias", "affine.weight", "affine.bias")
+
+
+def matching_names(tensors: dict[str, Tensor]) -> int:
+    """How many of the names are those of this layout."""
+    return sum(bool(_NAMES.match(name)) for name in tensors)
+
+
+def load(weights: Weights, noise_seed: int) -> StyleGAN2:
+    """Build the generator that the weights describe. Raises CheckpointMismatchError or NonFiniteWeightsError."""
+    _refuse_other_architectures(weights)
+    resolutions = sorted({int(m[1]) for name in weights.tensors if (m := re.match(r"synthesis\.b(\d+)\.", name))})
+    base = resolutions[0] if resolutions else 4
+    if resolutions != [base * 2**n for n in range(len(resolutions))]:
+        raise CheckpointMismatchError(
+            f"{weights.origin} is a {WHAT} with blocks of {resolutions} pixels, expected each twice the one before"
+        )
+    count = max((int(m[1]) + 1 for n in weights.tensors if (m := re.match(r"mapping\.fc(\d+)\.", n))), default=1)
+    table = _names(weights, resolutions or [base], count)
+    # Filters that these layers have and do not use.
+    unused = {f"synthesis.b{base}.resample_filter", *(f"synthesis.b{r}.conv1.resample_filter" for r in resolutions)}
+    weights.tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in unused}
+    _silent_layers(weights)
+    optional = [n for n in table if n.endswith("noise_const") or n == "mapping.w_avg"]
+    require_names(weights, [n for n in table if n not in optional or n in weights.tensors], WHAT)
+    _note_settings(weights)
+    weights.tensors = {table[name]: _converted(weights, name) for name in weights.tensors}
+    weights.theirs = {ours: name for name, ours in table.items()}
+    return stylegan2.load(weights, noise_seed)
+
+
+def _names(weights: Weights, resolutions: list[int], mapping: int) -> dict[str, str]:
+    """The name here of each name there."""
+    table = {f"mapping.fc{n}.{part}": f"style.{n + 1}.{part}" for n in range(mapping) for part in ("weight", "bias")}
+    table["mapping.w_avg"] = "latent_avg"
+    if any(name.startswith("mapping.embed.") for name in weights.tensors):
+        table.update({f"mapping.embed.{part}": f"embed.{part}" for part in ("weight", "bias")})
+    table[f"synthesis.b{resolutions[0]}.const"] = "input.input"
+    for level, resolution in enumerate(resolutions):
+        block = f"synthesis.b{resolution}"
+        for part, number in (("conv0", 2 * level - 1), ("conv1", 2 * level)):
+            if number < 0:
+                continue
+            ours = f"convs.{number - 1}" if number else "conv1"
+            table |= dict(zip((f"{block}.{part}.{name}" for name in _LAYER), _ours(ours), strict=True))
+            table[f"{block}.{part}.noise_strength"] = f"{ours}.noise.weight"
+            table[f"{block}.{part}.noise_const"] = f"noises.noise_{number}"
+        rgb = f"to_rgbs.{level - 1}" if level else "to_rgb1"
+        names = (f"{rgb}.conv.weight", f"{rgb}.bias", f"{rgb}.conv.modulation.weight", f"{rgb}.conv.modulation.bias")
+        table |= dict(zip((f"{block}.torgb.{name}" for name in _LAYER), names, strict=True))
+        if level:
+            table[f"{block}.conv0.resample_filter"] = f"convs.{2 * level - 2}.conv.blur.kernel"
+            table[f"{block}.resample_filter"] = f"{rgb}.upsample.kernel"
+    return table
+
+
+def _ours(layer: str) -> tuple[str, ...]:
+    return (
+        f"{layer}.conv.weight",
+        f"{layer}.activate.bias",
+        f"{layer}.conv.modulation.weight",
+        f"{layer}.conv.modulation.bias",
+    )
+
+
+def _converted(weights: Weights, name: str) -> Tensor:
+    tensor = weights.tensors[name]
+    if name.endswith("resample_filter"):
+        if tensor.ndim == 1:  # stored as one dimension of a product where it is long
+            tensor = torch.outer(tensor, tensor)
+        return 4 * tensor
+    if re.search(r"(conv\d|torgb)\.weight$", name):
+        require_shape(weights, name, 4)
+        return tensor[None]
+    if name.endswith("torgb.bias"):
+        return tensor.reshape(1, -1, 1, 1)
+    if name.endswith("noise_const"):
+        require_shape(weights, name, 2)
+        return tensor[None, None]
+    if name.endswith("noise_strength"):
+        return tensor.reshape(-1)
+    if name.endswith(".const"):
+        require_shape(weights, name, 3)
+        return tensor[None]
+    return tensor
+
+
+def _refuse_other_architectures(weights: Weights) -> None:
+    settings = weights.beside
+    kinds = {value for name, value in settings.items() if name.endswith(".architecture") and isinstance(value, str)}
+    if "resnet" in kinds or any(re.match(r"synthesis\.b\d+\.skip\.", name) for name in weights.tensors):
+        raise CheckpointMismatchError(
+            f"{weights.origin} is a StyleGAN2 with residual connections (architecture 'resnet'): not supported, "
+            "only 'skip'"
+        )
+    colours = {m[1] for name in weights.tensors if (m := re.match(r"synthesis\.(b\d+)\.torgb\.", name))}
+    blocks = {m[1] for name in weights.tensors if (m := re.match(r"synthesis\.(b\d+)\.conv1\.", name))}
+    if "orig" in kinds or (len(blocks) > 1 and len(colours) == 1):
+        raise CheckpointMismatchError(
+            f"{weights.origin} is a StyleGAN2 without skip connections (colours in the last layer only): not supported"
+        )
+    for name, value in settings.items():
+        wanted = "linear" if re.search(r"(affine|embed)\.activation$", name) else "lrelu"
+        if name.startswith(("synthesis.", "mapping.")) and name.endswith(".activation") and value != wanted:
+            raise CheckpointMismatchError(
+                f"{weights.origin} is a StyleGAN2 whose {name} is {value!r}: not supported, only {wanted!r}"
+            )
+        if re.fullmatch(r"mapping\.fc\d+\.bias_gain", name) and not math.isclose(float(value), MAPPING_RATE):
+            raise CheckpointMismatchError(
+                f"{weights.origin} is a StyleGAN2 whose mapping learns at {value}: not supported, only {MAPPING_RATE}"
+            )
+
+
+def _note_settings(weights: Weights) -> None:
+    clamps = sorted({v for n, v in weights.beside.items() if n.endswith(".conv_clamp") and isinstance(v, (int, float))})
+    if clamps:
+        weights.notes.append(
+            f"the file clamps layers at {', '.join(map(str, clamps))}, for 16-bit layers: not done here, "
+            "where all is computed in float32"
+        )
+
+
+def _silent_layers(weights: Weights) -> None:
+    """Layers trained without noise have neither a map nor a strength: strength 0, with a map that does not matter."""
+    for name in [n for n in weights.beside if n.endswith(".use_noise") and weights.beside[n] is False]:
+        weights.tensors.setdefault(f"{name.removesuffix('use_noise')}noise_strength", torch.zeros(1))
