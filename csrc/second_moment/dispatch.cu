@@ -58,25 +58,6 @@ Choice choose(const SecondMomentParams& p, Precision precision, MomentFamily fam
   return choice;
 }
 
-// Calls body(part) with parts of p of at most kMostRows rows, joined, until one fails.
-template <typename Body>
-Status for_parts(SecondMomentParams p, Body&& body) {
-  p = joined(p);
-  const std::int64_t rows = p.images * p.height * p.width;
-  if (rows <= 0 || p.d <= 0) return {};
-  if (rows <= kMostRows) return body(p);
-  std::int64_t& extent = p.images > 1 ? p.images : p.height > 1 ? p.height : p.width;
-  const std::int64_t stride = p.images > 1 ? p.image_stride : p.height > 1 ? p.row_stride : p.column_stride;
-  const std::int64_t whole = extent, half = whole / 2;
-  extent = half;
-  const Status status = for_parts(p, body);
-  if (!status.ok()) return status;
-  extent = whole - half;
-  const std::int64_t size = p.dtype == DType::float32 ? 4 : 2;
-  p.x = static_cast<const char*>(p.x) + half * stride * size;
-  return for_parts(p, body);
-}
-
 }  // namespace
 
 Status second_moment_workspace(const SecondMomentParams& params, Precision precision, MomentFamily family, int device,

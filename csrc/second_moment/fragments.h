@@ -41,14 +41,23 @@ PYREWRITE_BOTH int channel_in(int number, int set) {
   return kSize == 4 ? 4 * number + set : 8 * set + number;
 }
 
-// Bytes from the panel's begin to what a lane passes to its load of (group, step). By row and float32: two loads of 16
-// bytes, half `load`. Else two ldmatrix.x4: matrices m = lane / 8 of load p are set 2p + m % 2, half m / 2.
+// Bytes from the panel's begin to what a lane passes to its load of (group, step 0). By row and float32: two loads of
+// 16 bytes, half `load`. Else two ldmatrix.x4: matrices m = lane / 8 of load p are set 2p + m % 2, half m / 2.
 template <typename Layout, int kSize, bool kByRow>
-PYREWRITE_BOTH int fragment_at(int group, int step, int load, int lane) {
-  if (kByRow && kSize == 4) return Layout::at(8 * step + 4 * load + lane % 4, 8 * group + lane / 4);
+PYREWRITE_BOTH int fragment_at(int group, int load, int lane) {
+  if (kByRow && kSize == 4) return Layout::at(4 * load + lane % 4, 8 * group + lane / 4);
   const int set = 2 * load + lane / 8 % 2, half = lane / 16;
-  if (kByRow) return Layout::at(16 * step + 8 * half + lane % 8, 4 * group + set);
-  return Layout::at(kGroup * group + channel_in<kSize>(lane % 8, set), 2 * step + half);
+  if (kByRow) return Layout::at(8 * half + lane % 8, 4 * group + set);
+  return Layout::at(kGroup * group + channel_in<kSize>(lane % 8, set), half);
+}
+
+// The same at another step: rows further, or two granules further in all lines. `at` may be an address, where panels
+// begin at multiples of kPanelRow. One operation on what does not depend on the step keeps registers free.
+template <typename Layout, int kSize, bool kByRow>
+PYREWRITE_BOTH std::uint32_t fragment_step(std::uint32_t at, int step) {
+  constexpr int kRows = Layout::kRows / 4;  // of a step
+  static_assert(kRows % 8 == 0, "rows of all steps are turned alike");
+  return kByRow ? at + step * kRows * Layout::kLine * kGranule : at ^ (step * 2 * kGranule);
 }
 
 // A tile of sums over warps of kWarpRows x kWarpColumns; kSize bytes an element of x.

@@ -116,7 +116,7 @@ inline Plan make_plan(int side, std::int64_t rows, int resident, int on) {
     if (parts_on < 1 || parts_on > most) return;
     const std::int64_t time = finish_time(std::int64_t{beside} * parts_beside, 3 * length(parts_beside),
                                           std::int64_t{side} * parts_on, on * length(parts_on), resident);
-    if (least >= 0 && time >= least) return;
+    if (least >= 0 && time > least - least / 50) return;  // not for less than a fiftieth: more parts take more memory
     least = time;
     plan.parts_beside = parts_beside;
     plan.parts_on = parts_on;
@@ -204,6 +204,25 @@ inline SecondMomentParams joined(SecondMomentParams p) {
   }
   if (p.images == 1) p.image_stride = 0;
   return p;
+}
+
+// Calls body(part) with parts of p of at most `most` rows, joined, until one fails.
+template <typename Body>
+Status for_parts(SecondMomentParams p, Body&& body, std::int64_t most = kMostRows) {
+  p = joined(p);
+  const std::int64_t rows = p.images * p.height * p.width;
+  if (rows <= 0 || p.d <= 0) return {};
+  if (rows <= most) return body(p);
+  std::int64_t& extent = p.images > 1 ? p.images : p.height > 1 ? p.height : p.width;
+  const std::int64_t stride = p.images > 1 ? p.image_stride : p.height > 1 ? p.row_stride : p.column_stride;
+  const std::int64_t whole = extent, half = whole / 2;
+  extent = half;
+  const Status status = for_parts(p, body, most);
+  if (!status.ok()) return status;
+  extent = whole - half;
+  const std::int64_t size = p.dtype == DType::float32 ? 4 : 2;
+  p.x = static_cast<const char*>(p.x) + half * stride * size;
+  return for_parts(p, body, most);
 }
 
 inline Source make_source(const SecondMomentParams& p) {

@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       Pair* partial = workspace + static_cast<std::int64_t>(blockIdx.x) * kTile * kTile + threadIdx.x;
       const bool first = step == kChunkRows / kSlice;
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
+      for (int i = 0; i < 8; ++i) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           Pair* to = partial + (i * 8 + j) * Traits::kThreads;
@@ -159,6 +159,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
           *to = total;
           sums[i][j] = 0.f;
         }
+        __syncwarp();  // no more loads under way than there are registers for
+      }
     }
     if (!more) break;
     buffer ^= 1;

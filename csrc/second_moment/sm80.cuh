@@ -18,7 +18,7 @@ struct Float32Math {  // each factor as the sum of two of 11 bits; their small p
   using Element = float;
   using Mma = Tf32;
   static constexpr bool kSplit = true;
-  static constexpr int kChainRows = 32, kTotalRows = 4096;
+  static constexpr int kChainRows = 32, kTotalRows = 8192;
 };
 struct Tf32Math {
   using Element = float;
@@ -129,7 +129,8 @@ __device__ __forceinline__ void load_fragment(std::uint32_t panel, int group, in
 #pragma unroll
   for (int load = 0; load < 2; ++load) {
     std::uint32_t words[4];
-    const std::uint32_t from = panel + fragment_at<Layout, kSize, kByRow>(group, step, load, threadIdx.x % 32);
+    const std::uint32_t from = fragment_step<Layout, kSize, kByRow>(
+        panel + fragment_at<Layout, kSize, kByRow>(group, load, threadIdx.x % 32), step);
     if constexpr (kByRow && kSize == 4) {
       load_words(from, words);
 #pragma unroll
@@ -295,7 +296,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   WarpProducts<Traits, kByRow> chain;
   chain.clear();
   float total[Traits::kDown][Traits::kAcross][4] = {};
-#pragma unroll
+#pragma unroll 1
   for (int slice = 0; slice < Traits::kStages - 1; ++slice) copy(slice);
   Pair* const partial = workspace + static_cast<std::int64_t>(blockIdx.x) * Traits::kTile * Traits::kTile;
   const auto for_sums = [](auto&& body) {
@@ -325,6 +326,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
         add_to_pair(sum, total[i][j][e]);
         *to = sum;
         to += Traits::kThreads;
+        if (j + 1 == Traits::kAcross && e == 3) __syncwarp();  // no more loads under way than there are registers for
       });
     } else {
       for_sums([&](int i, int j, int e) {

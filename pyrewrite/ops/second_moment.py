@@ -1,9 +1,9 @@
 """Second moment of feature vectors: ``sum over rows k of k k^T``, the C of "Rewriting a Deep Generative Model" (Bau
 et al., ECCV 2020, section 3.2), uncentred and not divided by the number of rows.
 
-Products are float32 (float64 for float64 input), sums of at most 96 rows float32 (more in torch) and everything
-beyond float64: the error does not grow with the number of rows, as it does in ``x.T @ x``. Only one triangle is
-computed; the other is its mirror, exactly.
+Products are float32 (float64 for float64 input), sums of few rows float32 (96 on the processor, at most 8192 on a GPU
+and in torch) and everything beyond as good as float64: the error does not grow with the number of rows, as it does in
+``x.T @ x``. Only one triangle is computed; the other is its mirror, exactly. docs/kernels.md has the CUDA kernels.
 
 On the processor the C++ kernel is taken at every d: with AVX2 it was measured faster than ``x.T @ x`` in float32 and
 than BLAS on the blocks of one triangle with float64 totals, from d = 64 to 1024 (bench/ops/bench_second_moment.py).
@@ -38,9 +38,10 @@ def second_moment_(moment: Tensor, x: Tensor, *, precision: str = "fp32", impl: 
     strides are read where they lie. N, B, H and W may be 0. NaN and infinity propagate: a NaN in channel j makes row
     and column j NaN, and nothing else.
 
-    precision: "fp32", or "tf32", which allows a GPU's tensor cores to round the factors to 10 fraction bits. "fp32"
-    is kept also where torch is set to lower its own (``torch.set_float32_matmul_precision``): the torch
-    implementation then multiplies in float64.
+    precision: "fp32", or "tf32", which allows a GPU's tensor cores to round the factors to 10 fraction bits. On tensor
+    cores "fp32" makes two numbers of 11 bits of every float32 factor: a product is good to 2^-21. "fp32" is kept also
+    where torch is set to lower its own (``torch.set_float32_matmul_precision``): the torch implementation then
+    multiplies in float64.
 
     Raises ValueError or TypeError for shapes, data types and devices that do not fit, MissingKernelError for an
     `impl` that is not there (see pyrewrite.ops._library for the rule of ``impl=None``). `moment` is then unchanged.
@@ -120,6 +121,8 @@ def _check_moment(moment: Tensor, x: Tensor) -> None:
         raise TypeError(f"moment must be float64, got {str(moment.dtype).removeprefix('torch.')}")
     if tuple(moment.shape) != (d, d):
         raise ValueError(f"moment must be {d} x {d} for x of shape {tuple(x.shape)}, got {tuple(moment.shape)}")
+    if d > 1 and 0 in moment.stride():
+        raise ValueError("moment is an expanded tensor: its elements share memory, so nothing can be added to them")
     if moment.device != x.device:
         raise ValueError(f"moment and x must be on one device, got {moment.device} and {x.device}")
 

@@ -125,6 +125,34 @@ void rows() {
             }
 }
 
+// Inputs of more rows than one launch takes.
+void parts() {
+  std::vector<float> memory(3 * 7 * 6 + 100);
+  for (std::int64_t most : {1, 5, 11, 1000})
+    for (std::int64_t row : {6, 9}) {  // with 6 the lines join
+      SecondMomentParams p{};
+      p.x = memory.data(), p.dtype = DType::float32;
+      p.images = 3, p.height = 7, p.width = 6, p.d = 1;
+      p.image_stride = 7 * row + 1, p.row_stride = row, p.column_stride = 1, p.channel_stride = 1;
+      std::multiset<const float*> seen, wanted;
+      for (int i = 0; i < 3; ++i)
+        for (int h = 0; h < 7; ++h)
+          for (int w = 0; w < 6; ++w) wanted.insert(memory.data() + i * p.image_stride + h * row + w);
+      const Status status = for_parts(
+          p,
+          [&](const SecondMomentParams& part) -> Status {
+            const Source source = make_source(part);
+            CHECK(source.rows > 0 && source.rows <= most);
+            for (std::uint32_t n = 0; n < source.rows; ++n)
+              seen.insert(static_cast<const float*>(source.x) + source.offset(n));
+            return {};
+          },
+          most);
+      CHECK(status.ok());
+      CHECK(seen == wanted);
+    }
+}
+
 // Sixteen bytes each by eight lanes: one trip when their groups of four banks differ.
 void one_trip(const std::vector<int>& addresses) {
   std::set<int> banks;
@@ -164,7 +192,8 @@ void panel() {
       for (int load = 0; load < 2; ++load) {
         std::vector<int> address;
         for (int lane = 0; lane < 32; ++lane)
-          address.push_back(fragment_at<Layout, kSize, kByRow>(group, step, load, lane));
+          address.push_back(
+              fragment_step<Layout, kSize, kByRow>(fragment_at<Layout, kSize, kByRow>(group, load, lane), step));
         for (int phase = 0; phase < 4; ++phase)
           one_trip(std::vector<int>(address.begin() + 8 * phase, address.begin() + 8 * phase + 8));
         for (int lane = 0; lane < 32; ++lane)
@@ -215,6 +244,7 @@ int main() {
   plans();
   division();
   rows();
+  parts();
   panel<64, 4, true>();
   panel<64, 4, false>();
   panel<64, 2, true>();

@@ -99,6 +99,8 @@ def test_types(dtype, impl, on_device):
         check(on_device(x), impl, on_device)
         if x.ndim == 4:
             check(on_device(x.contiguous(memory_format=torch.channels_last)), impl, on_device)
+        else:  # aligned rows of an odd width
+            check(on_device(x)[:, : shape[1] - 3], impl, on_device)
     tiny = torch.full((4, 2), 3e-7).to(dtype)  # subnormal in half
     large = torch.full((4, 2), 300.0).to(dtype)  # its square overflows half
     for x in (tiny, large):
@@ -272,6 +274,7 @@ M = torch.zeros(3, 3, dtype=torch.float64)
         (M, torch.zeros(2, 3, 4), ValueError, r"x must be rows N x d or maps B x d x H x W, got shape \(2, 3, 4\)"),
         (M, torch.zeros(4, 0), ValueError, r"x must have at least one channel, got shape \(4, 0\)"),
         (M, torch.zeros(4, 2), ValueError, r"moment must be 2 x 2 for x of shape \(4, 2\), got \(3, 3\)"),
+        (M[:1].expand(3, 3), torch.zeros(4, 3), ValueError, r"moment is an expanded tensor: its elements share memory"),
         (M.float(), torch.zeros(4, 3), TypeError, r"moment must be float64, got float32"),
         (
             M,
