@@ -249,7 +249,8 @@ struct Block {
 };
 
 template <int C>
-__global__ void __launch_bounds__(kThreads) general_kernel(const __grid_constant__ InsertionProblem p, bool resident) {
+__global__ void __launch_bounds__(kThreads, 1)
+    general_kernel(const __grid_constant__ InsertionProblem p, bool resident) {
   extern __shared__ __align__(16) float shared[];
   const int k = p.rank * p.taps;
   const Block<C> block = {p, shared, layout_of(k, p.pixels, C, resident), static_cast<int>(blockIdx.x) * C, resident};

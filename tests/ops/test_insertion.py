@@ -205,6 +205,10 @@ KERNEL_CASES = [
     {"o": 3, "rank": 2, "i": 8, "sizes": ((6, 8),), "taps": 4, "demodulate": True},
     {"o": 5, "rank": 3, "i": 8, "sizes": ((7, 2),)},
     {"o": 270, "rank": 4, "i": 8, "sizes": ((5, 9),), "demodulate": True},
+    # more than a cluster of blocks takes: base and goal in shared memory, and read from global memory
+    {"o": 9, "rank": 66, "i": 70, "sizes": ((6, 6), (3, 2)), "demodulate": True},
+    {"o": 265, "rank": 66, "i": 70, "kernel": (1, 1), "sizes": ((80, 80),)},
+    {"o": 40, "rank": 33, "i": 40, "sizes": ((4, 9), (2, 2), (1, 1), (5, 17)), "demodulate": True},
 ]
 
 
@@ -238,9 +242,15 @@ def test_kernel_is_as_near_to_float64_as_torch_in_float32(variant, with_penalty,
     assert_close(result.losses, truth.losses, baseline.losses, 1e-6)
 
 
+CURVES = [
+    KERNEL_CASES[1],
+    {"o": 24, "i": 16, "rank": 1, "sizes": ((6, 7),)},
+    {"o": 7, "i": 8, "rank": 2, "demodulate": True, "sizes": ((2, 4), (3, 3)), "activate": False},
+]
+
+
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("steps", [301, 2001])
-@pytest.mark.parametrize("variant", [KERNEL_CASES[1], {"o": 24, "i": 16, "rank": 1, "sizes": ((6, 7),)}], ids=str)
+@pytest.mark.parametrize(("variant", "steps"), [(CURVES[0], 301), *((curve, 2001) for curve in CURVES[1:])], ids=str)
 def test_loss_curve_over_many_steps(variant, steps, impl, insert):
     layer, direction, targets = case(**variant)
     truth = insert_low_rank(layer, direction, targets, steps=steps)
@@ -267,14 +277,14 @@ def test_any_number_of_threads_gives_the_same_bits():
         assert torch.equal(losses, results[0][1])
 
 
-def kernel_steps(arguments, chunks):
+def kernel_steps(arguments, chunks, impl=None):
     """The kernel alone from zero state, in chunks of so many steps: Lambda and losses."""
     arguments = [torch.zeros_like(x) if n < 3 else x for n, x in enumerate(arguments)]
-    arguments[3] = torch.zeros(sum(chunks), dtype=torch.float64)
+    arguments[3] = torch.zeros(sum(chunks), dtype=torch.float64, device=arguments[0].device)
     done = 0
     for count in chunks:
         arguments[19:21] = done, count
-        insertion_steps_(*arguments)
+        insertion_steps_(*arguments, impl)
         done += count
     return arguments[0], arguments[3]
 
@@ -288,10 +298,21 @@ def operator_arguments(layer, direction, targets, first=0, count=3):
     return (*state, torch.zeros(count, dtype=torch.float64), *problem, *settings)
 
 
-def test_chunks_carry_the_state_exactly():
-    arguments = operator_arguments(*cast(*case(o=9, i=16, demodulate=True)))
-    whole, losses = kernel_steps(arguments, chunks=(12,))
-    parts, part_losses = kernel_steps(arguments, chunks=(1, 7, 0, 4))
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"o": 9, "i": 16, "demodulate": True},
+        {"o": 3, "i": 16, "rank": 1, "sizes": ((5, 6),), "demodulate": True},
+        {"o": 2, "i": 70, "rank": 66, "sizes": ((3, 2),), "demodulate": True},
+    ],
+    ids=str,
+)
+def test_chunks_carry_the_state_exactly(variant, impl, on_device):
+    arguments = operator_arguments(*cast(*case(**variant)))
+    arguments = [on_device(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+    whole, losses = kernel_steps(arguments, (12,), impl)
+    parts, part_losses = kernel_steps(arguments, (1, 7, 0, 4), impl)
     assert torch.equal(whole, parts)
     assert torch.equal(losses, part_losses)
 
