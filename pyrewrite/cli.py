@@ -54,11 +54,17 @@ def main() -> None:
 @DEVICE
 @JSON
 def info(file: str, device: str, as_json: bool) -> None:
-    """Describe a generator: family, sizes, layers, hash."""
+    """Describe a generator: family, sizes, layers, hash.
+
+    Says too which of several generators in the file was taken, what was decided while loading, and whether a picture
+    renders with sane values.
+    """
     generator = _load(file, device, None)
     data = {
         "file": file,
         "family": generator.family,
+        "layout": generator.layout,
+        "classes": generator.classes,
         "image_size": generator.image_size,
         "z_dim": generator.z_dim,
         "hash": generator.weights_hash(),
@@ -80,12 +86,46 @@ def info(file: str, device: str, as_json: bool) -> None:
         _print_json(data)
         return
     click.echo(f"{file}: {generator.family}, {generator.image_size} x {generator.image_size}, z of {generator.z_dim}")
+    click.echo(f"layout of the weights: {generator.layout}")
     click.echo(f"hash {data['hash']}")
     for layer in generator.layers.values():
         click.echo(f"  {layer!r}")
     for note in generator.notes:
         click.echo(f"note: {note}")
     click.echo(f"warning: {data['unusual']}" if data["unusual"] else "image 0 of seed 1 renders with sane values")
+
+
+@main.command()
+@FILE
+@click.option(
+    "--out", type=click.Path(dir_okay=False), required=True, help="A .safetensors, .pt or .pth file; the name decides."
+)
+@JSON
+def convert(file: str, out: str, as_json: bool) -> None:
+    """Write a generator from any file that loads as safetensors or torch checkpoint.
+
+    \b
+    .safetensors  all families, class labels too, with family and hash beside the weights
+    .pt, .pth     StyleGAN2: rosinality's {g_ema, latent_avg}; Progressive GAN: the official {state_dict};
+                  DCGAN: the state dict of the PyTorch tutorial
+
+    The result is loaded again and compared with what was written.
+    """
+    from .generators import save_generator
+
+    if Path(out).suffix.lower() not in (".safetensors", ".pt", ".pth"):
+        raise click.UsageError(f"--out ends in .safetensors, .pt or .pth, got {out!r}")
+    generator = _load(file, "cpu", None)
+    save_generator(generator, out)
+    if _load(out, "cpu", None).weights_hash() != generator.weights_hash():
+        raise ValueError(f"{out} does not hold the weights of {file}: do not use it")
+    data = {"file": out, "family": generator.family, "hash": generator.weights_hash(), "notes": generator.notes}
+    if as_json:
+        _print_json(data)
+        return
+    click.echo(f"{out}: {generator.family} from the layout {generator.layout}, hash {data['hash']}")
+    for note in generator.notes:
+        click.echo(f"note: {note}")
 
 
 @main.command()

@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import nvidia_reference as nvidia
 import pytest
 import torch
 from click.testing import CliRunner
@@ -53,7 +54,7 @@ def test_help_is_fast_and_does_not_import_torch():
     start = time.perf_counter()
     out = subprocess.run([sys.executable, "-m", "pyrewrite.cli", "--help"], check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - start
-    for command in ("demo", "info", "stats", "solve", "apply", "sample", "evaluate"):
+    for command in ("demo", "info", "convert", "stats", "solve", "apply", "sample", "evaluate"):
         assert command in out.stdout
     assert seconds < 3  # 0.3 s on an idle machine; this bound only catches an import of torch
 
@@ -67,6 +68,32 @@ def test_info(run):
     text = run("info", "peeps-progan")
     assert data["hash"] in text
     assert "renders with sane values" in text
+
+
+def test_info_names_the_generator_that_was_taken(run, tmp_path):
+    state = nvidia.random_state()
+    networks = {"G": nvidia.network(state, ""), "G_ema": nvidia.network(state, "")}
+    (tmp_path / "network.pkl").write_bytes(nvidia.dumps(networks))
+    text = run("info", tmp_path / "network.pkl")
+    assert "note: generator taken from 'G_ema'; the file also holds 'G'" in text
+    assert "layout of the weights: NVIDIA" in text
+
+
+def test_convert(run, tmp_path):
+    (tmp_path / "network.pkl").write_bytes(nvidia.dumps({"G_ema": nvidia.network(nvidia.random_state(), "")}))
+    expected = load_generator(tmp_path / "network.pkl").weights_hash()
+    for name in ("x.safetensors", "x.pt", "x.PTH"):
+        data = json.loads(run("convert", tmp_path / "network.pkl", "--out", tmp_path / name, "--json"))
+        assert data["hash"] == expected
+        assert load_generator(tmp_path / name).weights_hash() == expected
+    assert expected in run("convert", tmp_path / "x.pt", "--out", tmp_path / "y.safetensors")
+    assert "--out ends in" in run("convert", tmp_path / "x.pt", "--out", tmp_path / "y.png", fails=True)
+    assert not (tmp_path / "y.png").exists()
+    (tmp_path / "bad.pkl").write_bytes(b"\x80\x04cos\nsystem\n.")
+    text = run("convert", tmp_path / "bad.pkl", "--out", tmp_path / "z.pt", fails=True)
+    assert "holds os.system" in text
+    assert text.count("\n") == 1
+    assert not (tmp_path / "z.pt").exists()
 
 
 def test_stats(run, tmp_path):

@@ -1,6 +1,7 @@
 """Pretrained generators as sequences of named, editable layers, and loading them from files."""
 
 from pyrewrite.generators.base import Activation, EditableLayer, Generator, numbered_latents
+from pyrewrite.generators.dcgan import DCGAN, DCGANShape
 from pyrewrite.generators.loading import BUNDLED, load_generator
 from pyrewrite.generators.progan import ProGAN, ProGANShape
 from pyrewrite.generators.saving import save_generator
@@ -8,7 +9,9 @@ from pyrewrite.generators.stylegan2 import StyleGAN2, StyleGAN2Shape
 
 __all__ = [
     "BUNDLED",
+    "DCGAN",
     "Activation",
+    "DCGANShape",
     "EditableLayer",
     "Generator",
     "ProGAN",

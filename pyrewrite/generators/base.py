@@ -153,7 +153,7 @@ def side_by_side(run: Callable[[int], Any], count: int) -> list[Any]:
 class Generator(nn.Module, abc.ABC):
     """A pretrained generator as a sequence of named, editable layers.
 
-    family      "stylegan2" or "progan"
+    family      "stylegan2", "progan" or "dcgan"
     z_dim       length of a latent
     image_size  height and width of the images
     layers      name -> EditableLayer, in order
@@ -249,6 +249,19 @@ class Generator(nn.Module, abc.ABC):
         elif isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < self.classes:
             raise ValueError(f"label is a class number from 0 to {self.classes - 1}, got {value!r}")
         self._label = value
+
+    @property
+    def truncation(self) -> float:
+        return 1.0
+
+    @truncation.setter
+    def truncation(self, value: float) -> None:
+        if value != 1:
+            raise ValueError(f"a {self.family} has no intermediate latent to truncate: truncation is 1, got {value}")
+
+    def file_state(self) -> dict[str, Tensor]:
+        """The weights as they are now, under the names that the family's files give them."""
+        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
     def latents(self, numbers: int | Iterable[int], seed: int = 1) -> Tensor:
         """The latents of numbered images, B x z_dim, float32, on the generator's device. See `numbered_latents`."""

@@ -84,15 +84,6 @@ class ProGAN(Generator):
         self.add_module(shape.output, Block(shape.image_channels, shape.convs[-1][0], 1, gain=1.0))
         self.requires_grad_(False).eval()
 
-    @property
-    def truncation(self) -> float:
-        return 1.0
-
-    @truncation.setter
-    def truncation(self, value: float) -> None:
-        if value != 1:
-            raise ValueError(f"a ProGAN has no intermediate latent to truncate: truncation is 1, got {value}")
-
     def _block(self, index: int) -> Block:
         return getattr(self, f"layer{index + 1}")
 

@@ -1,4 +1,4 @@
-"""Writing a generator, edits included, in the format that its family's files have."""
+"""Writing a generator, edits included: in the format that its family's files have, or as safetensors."""
 
 from __future__ import annotations
 
@@ -11,23 +11,49 @@ from torch import Tensor
 from pyrewrite._files import write_atomically
 from pyrewrite.errors import NonFiniteError
 from pyrewrite.generators.base import Generator
+from pyrewrite.generators.loading._safetensors_file import FORMAT, VERSION
 
 
 def save_generator(generator: Generator, path: str | os.PathLike) -> Path:
     """Write the weights as they are now, active patches merged, float32, whole or not at all.
 
-    StyleGAN2: `{g_ema, latent_avg}` with the rosinality names. Progressive GAN: `{state_dict}` with the official names.
-    Both load again with `load_generator`, and in the tools the formats come from.
-    NonFiniteError when a weight is NaN or infinite; FileNotFoundError when the folder is not there.
+    A path that ends in .safetensors: the names of the family's files, and metadata (format, version, family, hash).
+    Any other: a torch checkpoint. StyleGAN2: `{g_ema, latent_avg}` with the rosinality names. Progressive GAN:
+    `{state_dict}` with the official names. DCGAN: the state dict of the PyTorch tutorial.
+    All load again with `load_generator`, and the torch checkpoints in the tools the formats come from.
+
+    NonFiniteError when a weight is NaN or infinite; ValueError for class labels in a torch checkpoint, which the
+    rosinality format has no place for; FileNotFoundError when the folder is not there.
     """
     state: dict[str, Tensor] = {}
-    for name, tensor in generator.state_dict().items():
+    for name, tensor in generator.file_state().items():
         if not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{name} holds NaN or infinity: refusing to write it to {path}")
-        state[name] = tensor.detach().cpu().contiguous().clone()
+        state[name] = tensor.cpu().contiguous().clone()  # each on its own: views of one memory are refused on reading
+    if Path(path).suffix.lower() == ".safetensors":
+        return write_atomically(path, lambda file: file.write(_safetensors(generator, state)))
+    if generator.classes:
+        raise ValueError(
+            f"{path}: a generator with {generator.classes} class labels has no place in a rosinality checkpoint; "
+            "write it to a .safetensors file"
+        )
     if generator.family == "stylegan2":
         mean = state.pop("latent_avg")
         content = {"g_ema": state, "latent_avg": mean}
-    else:
+    elif generator.family == "progan":
         content = {"state_dict": state}
+    else:
+        content = state
     return write_atomically(path, lambda file: torch.save(content, file))
+
+
+def _safetensors(generator: Generator, state: dict[str, Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "family": generator.family,
+        "hash": generator.weights_hash(),
+    }
+    return save(state, metadata)

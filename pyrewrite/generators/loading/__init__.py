@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyrewrite.errors import CheckpointMismatchError
 from pyrewrite.generators.base import Generator
-from pyrewrite.generators.loading import nvidia, progan, stylegan2
+from pyrewrite.generators.loading import dcgan, genforce, mmgeneration, nvidia, progan, stylegan2, tensorflow
 from pyrewrite.generators.loading._content import checkpoint_kind
 from pyrewrite.generators.loading._names import Weights, find_weights
 from pyrewrite.generators.loading._network_pickle import read_network_pickle
@@ -23,7 +23,7 @@ from pyrewrite.generators.loading._torch_file import read_torch_file
 
 _ASSETS = Path(__file__).parent.parent.parent / "assets"
 BUNDLED = {"peeps": "stylegan2-peeps-128.pt", "peeps-progan": "progan-peeps-64.pth"}
-FAMILIES = ("stylegan2", "progan")
+FAMILIES = ("stylegan2", "progan", "dcgan")
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,16 @@ class Layout:
     load: Callable[[Weights, int], Generator]
 
 
-# Where two layouts know equally many names of a file, the first is taken.
+# Where two know equally many names of a file, the first is taken: mmgeneration uses some of rosinality's names.
 LAYOUTS = [
+    Layout("mmgeneration", "stylegan2", mmgeneration.WHAT, mmgeneration.matching_names, mmgeneration.load),
     Layout("rosinality", "stylegan2", stylegan2.WHAT, stylegan2.matching_names, stylegan2.load),
     Layout("NVIDIA", "stylegan2", nvidia.WHAT, nvidia.matching_names, nvidia.load),
+    Layout("GenForce", "stylegan2", genforce.STYLEGAN2, genforce.matching_stylegan2_names, genforce.load_stylegan2),
     Layout("official", "progan", progan.WHAT, progan.matching_names, lambda weights, seed: progan.load(weights)),
+    Layout("GenForce", "progan", genforce.PGGAN, genforce.matching_pggan_names, genforce.load_pggan),
+    Layout("TensorFlow", "progan", tensorflow.WHAT, tensorflow.matching_names, tensorflow.load),
+    Layout("PyTorch tutorial", "dcgan", dcgan.WHAT, dcgan.matching_names, dcgan.load),
 ]
 
 # Names that give away what else a file can be: (part of a name, what it is).
@@ -69,16 +74,18 @@ def load_generator(
 
     Bundled are "peeps" (StyleGAN2, 128 x 128) and "peeps-progan" (Progressive GAN, 64 x 64).
 
-    Reads rosinality files ({g_ema, latent_avg} or the plain state dict), files of the official rewriting tool (with its
-    sequential names too) and Progressive GAN files (plain, {state_dict}, features.N). A file that has the name of a
-    bundled generator wins over it.
+    Reads StyleGAN2 (rosinality, official rewriting, NVIDIA's pickles, GenForce, mmgeneration), Progressive GAN
+    (official, features.N, GenForce, TensorFlow's names) and DCGAN (PyTorch tutorial), from torch checkpoints,
+    safetensors and, for NVIDIA's networks, pickles; docs/generators.md has the list. The content decides, not the
+    extension. A file that has the name of a bundled generator wins over it.
 
     truncation  StyleGAN2 only; see Generator.truncation
-    family      "stylegan2" or "progan" makes a file of the other family an error; None takes what the file holds
+    family      "stylegan2", "progan" or "dcgan" makes a file of another family an error; None takes what the file holds
     seed        for the noise of layers whose noise the file does not hold
 
     Raises FileNotFoundError, IsADirectoryError, CheckpointError (not a checkpoint, damaged, wrong names or shapes, NaN;
-    always a ValueError that names the file) and ValueError for the other arguments. Nothing is loaded in part.
+    always a ValueError that names the file) and ValueError for the other arguments. Nothing is loaded in part, and
+    nothing of a file is run.
     """
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family is one of {', '.join(FAMILIES)} or None, got {family!r}")

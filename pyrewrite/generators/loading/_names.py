@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,12 @@ from pyrewrite.generators.base import Generator
 from pyrewrite.generators.loading._plain_arrays import PlainArray
 
 # Names under which files keep a generator, the averaged copy before the trained one.
-_AVERAGED = ("g_ema", "G_ema", "generator_ema", "ema", "params_ema")
-_OTHERS = ("g", "G", "generator", "netG", "state_dict", "model", "model_state_dict", "params")
+_AVERAGED = ("g_ema", "G_ema", "generator_ema", "generator_smooth", "netG_ema", "ema", "params_ema")
+_GENERATORS = (
+    *("g", "G", "generator", "netG", "gen", "modelG"),
+    *(f"{name}_state_dict" for name in ("g", "G", "generator", "netG", "gen", "modelG")),
+)
+_OTHERS = (*_GENERATORS, "models", "state_dict", "model", "model_state_dict", "params")
 _WRAPPERS = {"module", "_orig_mod"}  # left by DataParallel and torch.compile
 _SHOWN = 12
 
@@ -25,18 +29,18 @@ class Weights:
     """The tensors of one generator under the names of the file, without what wrappers added.
 
     beside   what stood beside the generator in the file (latent_avg, step counters, options)
-    theirs   after a layout's names were translated: ours -> the file's, for messages
+    shown    from a name here to the file's, for messages, after a layout's names were translated
     """
 
     origin: str
     tensors: dict[str, Tensor]
     beside: dict[str, Any]
     notes: list[str] = field(default_factory=list)
-    theirs: dict[str, str] = field(default_factory=dict)
+    shown: Callable[[str], str] = str
 
-    def shown(self, name: str) -> str:
-        """The name under which the user finds a tensor in the file."""
-        return self.theirs.get(name, name)
+    def rename(self, tensors: dict[str, Tensor], theirs: dict[str, str]) -> None:
+        """Take tensors under the names here. theirs: name here -> the file's."""
+        self.tensors, self.shown = tensors, lambda name: theirs.get(name, name)
 
 
 def find_weights(content: Any, origin: str) -> Weights:
@@ -52,7 +56,7 @@ def find_weights(content: Any, origin: str) -> Weights:
         candidates = [name for name in (*_AVERAGED, *_OTHERS) if isinstance(content.get(name), Mapping)]
         if not candidates:
             break
-        others = [name for name in candidates[1:] if name in (*_AVERAGED, "g", "G", "generator", "netG")]
+        others = [name for name in candidates[1:] if name in (*_AVERAGED, *_GENERATORS)]
         if others:
             notes.append(f"generator taken from {candidates[0]!r}; the file also holds {', '.join(map(repr, others))}")
         beside.update({name: value for name, value in content.items() if name != candidates[0] and name not in others})
@@ -73,7 +77,22 @@ def find_weights(content: Any, origin: str) -> Weights:
         raise CheckpointMismatchError(
             f"{origin}{_inside(taken)} holds no tensors, only {_listed(map(str, content)) or 'nothing'}"
         )
-    return Weights(origin, tensors, beside, notes)
+    return Weights(origin, _of_one_network(tensors, notes), beside, notes)
+
+
+def _of_one_network(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """The generator's tensors, where the names of all networks of a training run begin with the network's."""
+    networks: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        network, _, rest = name.partition(".")
+        networks.setdefault(network, {})[rest] = tensor
+    found = [name for name in (*_AVERAGED, *_GENERATORS) if name in networks and "" not in networks[name]]
+    if not found:
+        return tensors
+    left = [name for name in networks if name != found[0]]
+    also = f"; the file also holds {', '.join(map(repr, left))}" if left else ""
+    notes.append(f"generator taken from the names that begin with {found[0] + '.'!r}{also}")
+    return networks[found[0]]
 
 
 def _inside(taken: list[str]) -> str:
@@ -88,9 +107,9 @@ def _listed(names: Iterable[str]) -> str:
 def require_names(weights: Weights, expected: Iterable[str], what: str) -> None:
     """Raise CheckpointMismatchError, listing what is missing and what is extra, unless the names are those expected."""
     expected = list(expected)
-    missing = [name for name in expected if name not in weights.tensors]
+    missing = [weights.shown(name) for name in expected if name not in weights.tensors]
     known = set(expected)
-    extra = [name for name in weights.tensors if name not in known]
+    extra = [weights.shown(name) for name in weights.tensors if name not in known]
     if not missing and not extra:
         return
     parts = [f"{weights.origin} is not a whole {what}"]
@@ -98,7 +117,9 @@ def require_names(weights: Weights, expected: Iterable[str], what: str) -> None:
         parts.append(f"missing ({len(missing)}): {_listed(missing)}")
     if extra:
         parts.append(f"extra ({len(extra)}): {_listed(extra)}")
-    parts.append(f"expected {len(expected)} names such as {_listed(expected[:3])}; nothing was loaded")
+    parts.append(
+        f"expected {len(expected)} names such as {_listed(map(weights.shown, expected[:3]))}; nothing was loaded"
+    )
     raise CheckpointMismatchError("; ".join(parts))
 
 

@@ -47,8 +47,8 @@ def load(weights: Weights, noise_seed: int) -> StyleGAN2:
     optional = [n for n in table if n.endswith("noise_const") or n == "mapping.w_avg"]
     require_names(weights, [n for n in table if n not in optional or n in weights.tensors], WHAT)
     _note_settings(weights)
-    weights.tensors = {table[name]: _converted(weights, name) for name in weights.tensors}
-    weights.theirs = {ours: name for name, ours in table.items()}
+    renamed = {table[name]: _converted(weights, name) for name in weights.tensors}
+    weights.rename(renamed, {ours: name for name, ours in table.items()})
     return stylegan2.load(weights, noise_seed)
 
 

@@ -22,6 +22,7 @@ def matching_names(tensors: dict[str, Tensor]) -> int:
 
 def load(weights: Weights) -> ProGAN:
     """Build the generator that the weights describe. Raises CheckpointMismatchError or NonFiniteWeightsError."""
+    _number_from_one(weights)
     old = any(name.startswith("features.") for name in weights.tensors)
     weights.tensors = {
         re.sub(r"^features\.(\d+)\.", lambda m: f"layer{int(m[1]) + 1}.", name): t
@@ -46,7 +47,7 @@ def load(weights: Weights) -> ProGAN:
         if kh != kw or (channels is not None and i != channels) or (n and kh % 2 == 0):
             expected = "(channels, z, 4, 4)" if n == 0 else f"(channels, {channels}, k, k) with k odd"
             raise CheckpointMismatchError(
-                f"{weights.origin}: {name}.conv.weight is {(o, i, kh, kw)}, expected {expected}"
+                f"{weights.origin}: {weights.shown(f'{name}.conv.weight')} is {(o, i, kh, kw)}, expected {expected}"
             )
         sizes.append((o, i, kh))
         channels = o
@@ -60,6 +61,20 @@ def load(weights: Weights) -> ProGAN:
     _check_scales(generator, weights, scales)
     fill(generator, weights, WHAT)
     return generator
+
+
+def _number_from_one(weights: Weights) -> None:
+    """The names of InterFaceGAN's files: layers from 0, and the bias under its full name."""
+    if not any(name.endswith(".wscale.bias") for name in weights.tensors):
+        return
+    weights.tensors.pop("lod", None)
+    first = 1 if any(name.startswith("layer0.") for name in weights.tensors) else 0
+    renamed, theirs = {}, {}
+    for name, tensor in weights.tensors.items():
+        ours = re.sub(r"^layer(\d+)\.", lambda m: f"layer{int(m[1]) + first}.", name)
+        ours = ours.replace(".wscale.bias", ".wscale.b")
+        renamed[ours], theirs[ours] = tensor, name
+    weights.rename(renamed, theirs)
 
 
 def _check_scales(generator: ProGAN, weights: Weights, scales: dict[str, Tensor]) -> None:
