@@ -18,6 +18,7 @@ from pyrewrite.ops import (
     ConvLayer,
     InsertionTarget,
     MissingKernelError,
+    _library,
     crop_key,
     insert_low_rank,
     insert_low_rank_ref,
@@ -397,7 +398,6 @@ def test_errors_name_the_argument():
         (lambda: insert_low_rank(layer, direction, targets, betas=(0.9, 1.0)), ValueError, "betas"),
         (lambda: insert_low_rank(layer, direction, targets, eps=-1), ValueError, "eps"),
         (lambda: insert_low_rank(layer, direction, targets, impl="gpu"), ValueError, "impl"),
-        (lambda: insert_low_rank(layer, direction, targets, impl="cuda"), MissingKernelError, "CUDA"),
         (lambda: insert_low_rank(layer, direction, targets, init=torch.zeros(6, 3, 3, 3)), ValueError, "init"),
         (lambda: insert_low_rank(layer, direction, targets, penalty=torch.ones(6)), TypeError, "penalty"),
         (
@@ -429,6 +429,12 @@ def test_large_finite_numbers_are_not_taken_for_infinite():
     layer, direction, targets = cast(*case())
     goal = torch.full_like(targets[0].goal, 3e38)  # their sum overflows
     assert insert_low_rank(layer, direction, [changed(targets[0], goal=goal)], steps=1).lambda_.isfinite().all()
+
+
+@pytest.mark.skipif(not _library.cuda_report()["problem"], reason="there is a GPU")
+def test_cuda_without_a_gpu_says_why():
+    with pytest.raises(MissingKernelError, match="CUDA"):
+        insert_low_rank(*cast(*case()), impl="cuda")
 
 
 def test_cpu_kernel_refuses_float64():
