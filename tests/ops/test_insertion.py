@@ -278,10 +278,10 @@ def test_any_number_of_threads_gives_the_same_bits():
         assert torch.equal(losses, results[0][1])
 
 
-def kernel_steps(arguments, chunks, impl=None):
+def kernel_steps(arguments, chunks, impl=None, place=lambda x: x):
     """The kernel alone from zero state, in chunks of so many steps: Lambda and losses."""
-    arguments = [torch.zeros_like(x) if n < 3 else x for n, x in enumerate(arguments)]
-    arguments[3] = torch.zeros(sum(chunks), dtype=torch.float64, device=arguments[0].device)
+    arguments = [place(torch.zeros_like(x)) if n < 3 else x for n, x in enumerate(arguments)]
+    arguments[3] = place(torch.zeros(sum(chunks), dtype=torch.float64))
     done = 0
     for count in chunks:
         arguments[19:21] = done, count
@@ -312,8 +312,8 @@ def operator_arguments(layer, direction, targets, first=0, count=3):
 def test_chunks_carry_the_state_exactly(variant, impl, on_device):
     arguments = operator_arguments(*cast(*case(**variant)))
     arguments = [on_device(x) if isinstance(x, torch.Tensor) else x for x in arguments]
-    whole, losses = kernel_steps(arguments, (12,), impl)
-    parts, part_losses = kernel_steps(arguments, (1, 7, 0, 4), impl)
+    whole, losses = kernel_steps(arguments, (12,), impl, on_device)
+    parts, part_losses = kernel_steps(arguments, (1, 7, 0, 4), impl, on_device)
     assert torch.equal(whole, parts)
     assert torch.equal(losses, part_losses)
 
