@@ -13,11 +13,13 @@ constexpr int kMostRank = 4;
 constexpr int kMostPixels = 1 << 16;  // more never fit; the layout's sums stay small
 constexpr int kMostChannels = 4;      // of a block: 1, 2 or 4
 
+constexpr int kAdamFloats = sizeof(AdamStep) / sizeof(float);
+
 // R directions, C channels a thread.
 template <int R, int C>
 struct Traits {
-  // Threads hide each other's latency; three and four directions need the registers of 256.
-  static constexpr int kThreads = R <= 2 ? 512 : 256;
+  // Threads hide each other's latency; several directions need the registers of 256.
+  static constexpr int kThreads = R == 1 ? 512 : 256;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kKeys = R * kTaps;
   static constexpr int kSums = C * (kKeys + 2);    // gradient, dloss / d demod and loss of each channel
@@ -37,6 +39,7 @@ struct Layout {
   int base, goal;      // channels x tiles x 4
   int lambda;          // channels x keys
   int demod;           // channels
+  int adam;            // the step's AdamStep
   int sums;            // kWarps x kSums
   int size;
 };
@@ -54,7 +57,8 @@ __host__ __device__ inline Layout layout_of(int rank, int height, int width, int
   at.goal = at.base + 4 * channels * at.tiles;
   at.lambda = at.goal + 4 * channels * at.tiles;
   at.demod = at.lambda + channels * rank * kTaps;
-  at.sums = at.demod + channels;
+  at.adam = at.demod + channels;
+  at.sums = at.adam + kAdamFloats;
   at.size = at.sums + sums;
   return at;
 }
@@ -344,16 +348,19 @@ __global__ void __launch_bounds__(Traits<R, C>::kThreads, 1)
   __syncthreads();
   const int place = sums_place<T::kSums>(threadIdx.x % 32), held = sums_held<T::kSums>(threadIdx.x % 32, T::kSums);
   for (int step = 0; step < p.count; ++step) {
-    float sums[C][T::kKeys + 2];
+    float sums[C][T::kKeys + 2], adam = 0.f;
+    // Read now, used after the pixels: Adam does not wait for the memory.
+    if (threadIdx.x < kAdamFloats) adam = reinterpret_cast<const float*>(p.schedule + step)[threadIdx.x];
     block.run_pixels(group * C, threadIdx.x - group * group_warps * 32, group_warps * 32, sums);
     warp_sums<T::kSums>(&sums[0][0]);
 #pragma unroll
     for (int i = 0; i < T::kHeld; ++i)
       if (i < held) shared[at.sums + warp * T::kSums + place + i] = (&sums[0][0])[i];
+    if (threadIdx.x < kAdamFloats) shared[at.adam + threadIdx.x] = adam;
     __syncthreads();  // the partial sums are whole, Lambda is used up
     if (optimises) {
       const float* partial = shared + at.sums + warp / C * group_warps * T::kSums + warp % C * (T::kKeys + 2);
-      optimizer.step(p, p.schedule[step], partial, group_warps, T::kSums, lambda,
+      optimizer.step(p, *reinterpret_cast<const AdamStep*>(shared + at.adam), partial, group_warps, T::kSums, lambda,
                      p.block_losses + (std::int64_t(blockIdx.x) * channels + warp) * p.count + step);
       optimizer.demodulation(p, lambda, shared + at.demod + warp);
     }

@@ -18,6 +18,7 @@ from pyrewrite.ops import (
     ConvLayer,
     InsertionTarget,
     MissingKernelError,
+    _library,
     crop_key,
     insert_low_rank,
     insert_low_rank_ref,
@@ -277,10 +278,10 @@ def test_any_number_of_threads_gives_the_same_bits():
         assert torch.equal(losses, results[0][1])
 
 
-def kernel_steps(arguments, chunks, impl=None):
+def kernel_steps(arguments, chunks, impl=None, place=lambda x: x):
     """The kernel alone from zero state, in chunks of so many steps: Lambda and losses."""
-    arguments = [torch.zeros_like(x) if n < 3 else x for n, x in enumerate(arguments)]
-    arguments[3] = torch.zeros(sum(chunks), dtype=torch.float64, device=arguments[0].device)
+    arguments = [place(torch.zeros_like(x)) if n < 3 else x for n, x in enumerate(arguments)]
+    arguments[3] = place(torch.zeros(sum(chunks), dtype=torch.float64))
     done = 0
     for count in chunks:
         arguments[19:21] = done, count
@@ -311,8 +312,8 @@ def operator_arguments(layer, direction, targets, first=0, count=3):
 def test_chunks_carry_the_state_exactly(variant, impl, on_device):
     arguments = operator_arguments(*cast(*case(**variant)))
     arguments = [on_device(x) if isinstance(x, torch.Tensor) else x for x in arguments]
-    whole, losses = kernel_steps(arguments, (12,), impl)
-    parts, part_losses = kernel_steps(arguments, (1, 7, 0, 4), impl)
+    whole, losses = kernel_steps(arguments, (12,), impl, on_device)
+    parts, part_losses = kernel_steps(arguments, (1, 7, 0, 4), impl, on_device)
     assert torch.equal(whole, parts)
     assert torch.equal(losses, part_losses)
 
@@ -397,7 +398,6 @@ def test_errors_name_the_argument():
         (lambda: insert_low_rank(layer, direction, targets, betas=(0.9, 1.0)), ValueError, "betas"),
         (lambda: insert_low_rank(layer, direction, targets, eps=-1), ValueError, "eps"),
         (lambda: insert_low_rank(layer, direction, targets, impl="gpu"), ValueError, "impl"),
-        (lambda: insert_low_rank(layer, direction, targets, impl="cuda"), MissingKernelError, "CUDA"),
         (lambda: insert_low_rank(layer, direction, targets, init=torch.zeros(6, 3, 3, 3)), ValueError, "init"),
         (lambda: insert_low_rank(layer, direction, targets, penalty=torch.ones(6)), TypeError, "penalty"),
         (
@@ -429,6 +429,12 @@ def test_large_finite_numbers_are_not_taken_for_infinite():
     layer, direction, targets = cast(*case())
     goal = torch.full_like(targets[0].goal, 3e38)  # their sum overflows
     assert insert_low_rank(layer, direction, [changed(targets[0], goal=goal)], steps=1).lambda_.isfinite().all()
+
+
+@pytest.mark.skipif(not _library.cuda_report()["problem"], reason="there is a GPU")
+def test_cuda_without_a_gpu_says_why():
+    with pytest.raises(MissingKernelError, match="CUDA"):
+        insert_low_rank(*cast(*case()), impl="cuda")
 
 
 def test_cpu_kernel_refuses_float64():
