@@ -44,7 +44,8 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> N
 def main() -> None:
     """Change a rule inside a pretrained image generator.
 
-    GENERATOR is a checkpoint file, or the name of a bundled one: peeps (StyleGAN2), peeps-progan.
+    GENERATOR is a file of a StyleGAN2 (rosinality, NVIDIA .pkl, GenForce, mmgeneration), a Progressive GAN or a DCGAN,
+    or the name of a bundled one: peeps (StyleGAN2), peeps-progan.
     `python -m pyrewrite` says what was built and what this machine offers.
     """
 

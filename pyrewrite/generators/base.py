@@ -259,6 +259,10 @@ class Generator(nn.Module, abc.ABC):
         if value != 1:
             raise ValueError(f"a {self.family} has no intermediate latent to truncate: truncation is 1, got {value}")
 
+    def settings(self) -> dict[str, Any]:
+        """What else than weights, latents and truncation decides the images; only what is not the default."""
+        return {"label": self._label} if self.classes else {}
+
     def file_state(self) -> dict[str, Tensor]:
         """The weights as they are now, under the names that the family's files give them."""
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
@@ -329,8 +333,12 @@ class Generator(nn.Module, abc.ABC):
 
     def capture(self, layer: str | EditableLayer, z: Tensor) -> Activation:
         """The layer's key, value, style and noise for the latents z, and what `finish` needs. Stops after the layer."""
+        return self._captured(layer, *self._begin(self._checked_latents(z), render=True))
+
+    def _captured(self, layer: str | EditableLayer, x: Tensor, carry: Any) -> Activation:
+        """x, carry: the input of the first layer."""
         index = self._index(layer)
-        x, carry = self._input_of(index, *self._begin(self._checked_latents(z), render=True))
+        x, carry = self._input_of(index, x, carry)
         key, style = self._key(index, x, carry)
         return Activation(key, self._captured_value(index, x, key, style), style, self._noise(index), carry)
 

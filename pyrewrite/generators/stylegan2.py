@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyrewrite.generators.base import EditableLayer, Generator, batch_independent, numbered_latents
+from pyrewrite.generators.base import Activation, EditableLayer, Generator, batch_independent, numbered_latents
 from pyrewrite.generators.filters import blur_padding, filtered, upsampled_by_two
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ SLOPE = 0.2
 GAIN = math.sqrt(2)
 EPSILON = 1e-8
 MEAN_SAMPLES = 4096
+NOISE_MODES = ("fixed", "random", "none")
 
 
 class EqualLinear(nn.Module):
@@ -105,6 +106,11 @@ class ToRGB(nn.Module):
         return rgb if skip is None else rgb + upsampled_by_two(skip, self.upsample.kernel)
 
 
+def _style_number(w: Tensor, n: int) -> Tensor:
+    """w: B x w_dim, the same everywhere, or B x num_ws x w_dim -> B x w_dim"""
+    return w if w.ndim == 2 else w[:, n]
+
+
 def _normalised(x: Tensor) -> Tensor:  # B x C, to a mean square of 1 in each row
     return x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPSILON)
 
@@ -172,7 +178,7 @@ class StyleGAN2(Generator):
             self._layers[name] = EditableLayer(name, resolution, key_resolution, i, o, k, up, conv.conv)
         self.image_size = resolution
         self.register_buffer("latent_avg", torch.empty(style_dim))
-        self._truncation = 1.0
+        self._truncation, self._truncation_layers, self._noise_mode = 1.0, None, "fixed"
         self.requires_grad_(False).eval()
 
     # -- latents -----------------------------------------------------
@@ -202,8 +208,90 @@ class StyleGAN2(Generator):
             w = layer(w)
         return w.to(z.dtype)
 
+    @property
+    def num_ws(self) -> int:
+        """How many styles W+ has: one for each layer and one more for the last colours.
+
+        Layer number n takes style n, the colours after it style n + 1, as in rosinality's and NVIDIA's code.
+        """
+        return len(self._layers) + 1
+
+    @property
+    def truncation_layers(self) -> int | None:
+        """Only the first so many styles are truncated; None: all of them."""
+        return self._truncation_layers
+
+    @truncation_layers.setter
+    def truncation_layers(self, value: int | None) -> None:
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= self.num_ws
+        ):
+            raise ValueError(f"truncation_layers is a number of styles from 0 to {self.num_ws} or None, got {value!r}")
+        self._truncation_layers = value
+
+    @property
+    def noise_mode(self) -> str:
+        """The noise of the layers: "fixed" (the file's), "none", or "random" (drawn anew for each image).
+
+        "random" is for looking at pictures only: what statistics and edits need is the same each time.
+        """
+        return self._noise_mode
+
+    @noise_mode.setter
+    def noise_mode(self, value: str) -> None:
+        if value not in NOISE_MODES:
+            raise ValueError(f"noise_mode is one of {', '.join(NOISE_MODES)}, got {value!r}")
+        self._noise_mode = value
+
+    def settings(self) -> dict[str, Any]:
+        mine = {"noise": self._noise_mode} if self._noise_mode != "fixed" else {}
+        if self._truncation_layers is not None and self._truncation != 1:
+            mine["truncation_layers"] = self._truncation_layers
+        return {**super().settings(), **mine}
+
     def truncated(self, w: Tensor) -> Tensor:
-        return w if self._truncation == 1 else torch.lerp(self.latent_avg, w, self._truncation)
+        """w: B x w_dim -> the same, or B x num_ws x w_dim where only some styles are truncated."""
+        if self._truncation == 1:
+            return w
+        near = torch.lerp(self.latent_avg, w, self._truncation)
+        if self._truncation_layers is None:
+            return near
+        return self._cut(near, w, self._truncation_layers)
+
+    def _cut(self, first: Tensor, rest: Tensor, count: int) -> Tensor:
+        """B x num_ws x w_dim: `count` styles of one w (B x w_dim), then those of another."""
+        return torch.stack([first if n < count else rest for n in range(self.num_ws)], 1)
+
+    def mixed(self, z: Tensor, other: Tensor, layers: int) -> Tensor:
+        """W+ (B x num_ws x w_dim, truncated) of style mixing: the first `layers` styles of z, the others of `other`.
+
+        z, other: B x z_dim; either may be a batch of one. ValueError for layers outside 0 to num_ws.
+        """
+        if isinstance(layers, bool) or not isinstance(layers, int) or not 0 <= layers <= self.num_ws:
+            raise ValueError(f"layers is a number of styles from 0 to {self.num_ws}, got {layers!r}")
+        ws = [self._spread(self.truncated(self.mapped(self._checked_latents(latent)))) for latent in (z, other)]
+        first, rest = torch.broadcast_tensors(*ws)
+        return torch.cat([first[:, :layers], rest[:, layers:]], 1)
+
+    def _spread(self, w: Tensor) -> Tensor:
+        """B x w_dim or B x num_ws x w_dim -> B x num_ws x w_dim"""
+        return w if w.ndim == 3 else w[:, None].expand(-1, self.num_ws, -1)
+
+    def _checked_w(self, w: Tensor) -> Tensor:
+        shapes = f"B x {self.w_dim} (W) or B x {self.num_ws} x {self.w_dim} (W+)"
+        if not isinstance(w, Tensor):
+            raise TypeError(f"w is a tensor of {shapes}, got {type(w).__name__}")
+        if not w.is_floating_point() or tuple(w.shape[1:]) not in ((self.w_dim,), (self.num_ws, self.w_dim)):
+            raise ValueError(f"w is {shapes} floating point numbers, got {tuple(w.shape)} of {w.dtype}")
+        return w.to(self.device, self.dtype).contiguous()
+
+    def synthesis(self, w: Tensor) -> Tensor:
+        """Images (B x 3 x H x W in [-1, 1]) of w, B x w_dim (W) or B x num_ws x w_dim (W+), as it is: not truncated."""
+        return self._render_from(0, *self._begin_w(self._checked_w(w), render=True))
+
+    def capture_w(self, layer: str | EditableLayer, w: Tensor) -> Activation:
+        """`capture` for w, B x w_dim (W) or B x num_ws x w_dim (W+), as it is: not truncated."""
+        return self._captured(layer, *self._begin_w(self._checked_w(w), render=True))
 
     def estimated_mean_latent(self) -> Tensor:
         """The mean of w (w_dim) over MEAN_SAMPLES seeded latents, for files that do not hold it."""
@@ -222,12 +310,13 @@ class StyleGAN2(Generator):
         return self.conv1 if index == 0 else self.convs[index - 1]
 
     def _begin(self, z: Tensor, render: bool) -> tuple[Tensor, tuple]:
-        w = self.truncated(self.mapped(z))
-        x = self.input.input.expand(len(z), -1, -1, -1)
-        return x, (w, None, render)
+        return self._begin_w(self.truncated(self.mapped(z)), render)
+
+    def _begin_w(self, w: Tensor, render: bool) -> tuple[Tensor, tuple]:
+        return self.input.input.expand(len(w), -1, -1, -1), (w, None, render)
 
     def _key(self, index: int, x: Tensor, carry: tuple) -> tuple[Tensor, Tensor]:
-        style = self._style(self._styled(index).conv, carry[0])  # B x I
+        style = self._style(self._styled(index).conv, _style_number(carry[0], index))  # B x I
         return (x * style[:, :, None, None]).contiguous(memory_format=torch.channels_last), style
 
     def _value(self, index: int, key: Tensor, style: Tensor) -> Tensor:
@@ -235,7 +324,7 @@ class StyleGAN2(Generator):
         conv, weight = styled.conv, styled.conv.weight[0]
         x = batch_independent(lambda x: self._convolved(conv, x, weight), key)
         x = x * self._demodulation(conv, style)[:, :, None, None]
-        x = x + self._noise(index) + styled.activate.bias[:, None, None]
+        x = x + self._noise_of(index, len(x)) + styled.activate.bias[:, None, None]
         return F.leaky_relu(x, SLOPE) * GAIN
 
     def _demodulation(self, conv: ModulatedConv, style: Tensor) -> Tensor:
@@ -258,9 +347,8 @@ class StyleGAN2(Generator):
     def _step(self, index: int, x: Tensor, carry: tuple) -> tuple[Tensor, tuple]:
         if not (len(x) == 1 and self._one_by_one(index)):
             return super()._step(index, x, carry)
-        return self._advance(
-            index, self._value_of_one(index, x, self._style(self._styled(index).conv, carry[0])), carry
-        )
+        style = self._style(self._styled(index).conv, _style_number(carry[0], index))
+        return self._advance(index, self._value_of_one(index, x, style), carry)
 
     def _captured_value(self, index: int, x: Tensor, key: Tensor, style: Tensor) -> Tensor:
         if len(x) == 1 and self._one_by_one(index):
@@ -279,7 +367,7 @@ class StyleGAN2(Generator):
         weight = conv.weight[0] * (demodulation.t() * style)[:, :, None, None]
         x = x.contiguous(memory_format=torch.channels_last)
         x = self._convolved(conv, x, weight, styled.activate.bias * GAIN)
-        return F.leaky_relu_(x.add_(self._noise(index) * GAIN), SLOPE)
+        return F.leaky_relu_(x.add_(self._noise_of(index, 1) * GAIN), SLOPE)
 
     def _one_of(self, carry: tuple, row: int) -> tuple:
         w, rgb, render = carry
@@ -290,13 +378,34 @@ class StyleGAN2(Generator):
         return torch.cat(ws), None if rgbs[0] is None else torch.cat(rgbs), renders[0]
 
     def _noise(self, index: int) -> Tensor:
-        return getattr(self.noises, f"noise_{index}")[0, 0] * self._styled(index).noise.weight
+        noise = getattr(self.noises, f"noise_{index}")[0, 0]
+        return torch.zeros_like(noise) if self._noise_mode == "none" else noise * self._styled(index).noise.weight
+
+    def _noise_of(self, index: int, count: int) -> Tensor:
+        """H x W, or count x 1 x H x W where each image has its own."""
+        if self._noise_mode != "random":
+            return self._noise(index)
+        size = getattr(self.noises, f"noise_{index}").shape[2:]
+        drawn = torch.randn(count, 1, *size, device=self.device, dtype=self.dtype)
+        return drawn * self._styled(index).noise.weight
+
+    def _require_fixed_noise(self) -> None:
+        if self._noise_mode == "random":
+            raise ValueError("noise_mode is 'random': statistics and edits need the same noise each time, set 'fixed'")
+
+    def keys(self, layer: str | EditableLayer, z: Tensor) -> Tensor:
+        self._require_fixed_noise()
+        return super().keys(layer, z)
+
+    def _captured(self, layer: str | EditableLayer, x: Tensor, carry: tuple) -> Activation:
+        self._require_fixed_noise()
+        return super()._captured(layer, x, carry)
 
     def _advance(self, index: int, value: Tensor, carry: tuple) -> tuple[Tensor, tuple]:
         w, rgb, render = carry
         if render and index % 2 == 0:
             to_rgb = self.to_rgb1 if index == 0 else self.to_rgbs[index // 2 - 1]
-            rgb = to_rgb(value, w, rgb)
+            rgb = to_rgb(value, _style_number(w, index + 1), rgb)
         return value, (w, rgb, render)
 
     def _image(self, x: Tensor, carry: tuple) -> Tensor:

@@ -79,7 +79,7 @@ class Rewriter:
             progress=self._progress,
         )
 
-    def _hash_of_keys(self) -> tuple[str, float, int | None]:
+    def _hash_of_keys(self) -> tuple[str, float, dict]:
         """What the keys depend on. Patches of this layer and of later ones do not reach its keys."""
         order = list(self.generator.layers)
         patches = self.generator.patches
@@ -88,7 +88,7 @@ class Rewriter:
             weights = patches.original_hash if patches else self.generator.weights_hash()
         else:
             weights = self.generator.weights_hash()
-        return weights, self.generator.truncation, self.generator.label
+        return weights, self.generator.truncation, self.generator.settings()
 
     @property
     def statistics(self) -> LayerStatistics:

@@ -50,7 +50,7 @@ class StatisticsCache:
                 "weights": generator.weights_hash(),
                 "layer": layer,
                 "truncation": float(getattr(generator, "truncation", 1.0)),
-                **({"label": generator.label} if getattr(generator, "classes", 0) else {}),
+                **getattr(generator, "settings", dict)(),
                 "samples": samples,
                 "seed": seed,
                 "precision": precision,

@@ -1,9 +1,11 @@
 """Each family's files give the same images as its published definition, whatever the layout calls the weights."""
 
 import copy
+from pathlib import Path
 
 import families_reference as reference
 import generators_reference
+import numpy as np
 import nvidia_reference
 import pytest
 import torch
@@ -346,3 +348,29 @@ def test_names_twice(save):
     state = reference.tensorflow_progan_state()
     with pytest.raises(CheckpointMismatchError, match="twice"):
         load_generator(save({**state, "Gs/4x4/Conv/bias": torch.zeros(6)}))
+
+
+# -- what public code made of the same weights -------------------------------------------------------------------------
+
+GOLDEN = Path(__file__).parent.parent / "data" / "golden"
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.npz")), ids=lambda path: path.stem)
+def test_images_of_the_public_code(save, path):
+    with np.load(path) as stored:
+        arrays = {name: torch.from_numpy(stored[name]) for name in stored.files}
+    state = {name.removeprefix("weights/"): t for name, t in arrays.items() if name.startswith("weights/")}
+    generator = load_generator(save(state))
+    if generator.classes:
+        generator.label = 1
+    with torch.no_grad():
+        found = generator(arrays["z"])
+        torch.testing.assert_close(found, arrays["images"].clamp(-1, 1), rtol=0, atol=TOLERANCE)
+        assert (found.abs() < 1).float().mean() > 0.2  # and not by the clamp
+        if "truncated" in arrays:
+            generator.truncation = 0.6
+            torch.testing.assert_close(generator(arrays["z"]), arrays["truncated"].clamp(-1, 1), rtol=0, atol=TOLERANCE)
+
+
+def test_golden_files_are_there():
+    assert len(list(GOLDEN.glob("*.npz"))) == 6

@@ -132,7 +132,8 @@ def _layout(weights: Weights) -> Layout:
         shown = ", ".join(list(weights.tensors)[:8])
         raise CheckpointMismatchError(
             f"{weights.origin} holds {len(weights.tensors)} tensors, but not those of a generator known here "
-            f"(StyleGAN2: conv1.conv.weight, convs.0.conv.weight, ...; Progressive GAN: layer1.conv.weight, ...). "
+            "(StyleGAN2: convs.0.conv.weight, synthesis.b8.conv0.weight, synthesis.layer1.weight, ...; Progressive "
+            "GAN: layer1.conv.weight, ...; DCGAN: main.0.weight, ...). "
             f"It holds {shown} ..."
         )
     return LAYOUTS[scores.index(max(scores))]

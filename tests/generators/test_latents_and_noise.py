@@ -1,0 +1,177 @@
+"""W, W+, style mixing, truncation of some layers, noise modes and class labels, against definitions from outside."""
+
+import generators_reference
+import nvidia_reference as reference
+import pytest
+import torch
+
+from pyrewrite import Rewriter
+from pyrewrite.generators import load_generator
+from pyrewrite.statistics.cache import StatisticsCache
+
+
+@pytest.fixture
+def state():
+    return reference.random_state()
+
+
+@pytest.fixture
+def generator(state, tmp_path):
+    torch.save(state, tmp_path / "x.pt")
+    return load_generator(tmp_path / "x.pt")
+
+
+@pytest.fixture
+def z():
+    return torch.randn(3, 7, generator=torch.Generator().manual_seed(2))
+
+
+def double(state):
+    return {name: tensor.double() for name, tensor in state.items()}
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found.double(), wanted.double().clamp(-1, 1), rtol=0, atol=1e-5)
+
+
+def images_of(state, ws):
+    """The published definition for a style of its own at each place: ws is B x num_ws x w_dim."""
+    x, rgb, resolution, n = state["synthesis.b4.const"].expand(len(ws), -1, -1, -1), None, 4, 0
+    while f"synthesis.b{resolution}.conv1.weight" in state:
+        block = f"synthesis.b{resolution}"
+        for conv, up in (("conv0", True), ("conv1", False)):
+            if f"{block}.{conv}.weight" in state:
+                x = reference.layer(state, f"{block}.{conv}", x, ws[:, n], up, True)
+                n += 1
+        weight = state[f"{block}.torgb.weight"]
+        style = reference.dense(state, f"{block}.torgb.affine", ws[:, n]) / weight.shape[1] ** 0.5
+        new = reference.modulated(weight, x, style, False) + state[f"{block}.torgb.bias"][:, None, None]
+        if rgb is not None:
+            new = new + generators_reference.upfirdn(rgb, 4 * state[f"{block}.resample_filter"], 2, 2, 1)
+        rgb, resolution = new, 2 * resolution
+    return rgb
+
+
+def test_w_and_w_plus(generator, state, z):
+    w = generator.mapped(z)
+    assert torch.equal(generator.synthesis(w), generator(z))
+    assert torch.equal(generator.synthesis(w[:, None].expand(-1, generator.num_ws, -1)), generator(z))
+    ws = torch.randn(2, generator.num_ws, 5)
+    close(generator.synthesis(ws), images_of(double(state), ws.double()))
+    for batch in (1, 2):  # image by image as well as together
+        torch.testing.assert_close(generator.synthesis(ws[:batch]), generator.synthesis(ws)[:batch], rtol=0, atol=1e-6)
+    generator.truncation = 0.5
+    assert torch.equal(generator.synthesis(ws), generator.synthesis(ws.double()))  # as it is: not truncated
+    close(generator.synthesis(ws), images_of(double(state), ws.double()))
+
+
+def test_edits_on_w(generator, z):
+    ws = torch.randn(2, generator.num_ws, 5)
+    images = generator.synthesis(ws)
+    for name in generator.layers:
+        captured = generator.capture_w(name, ws)
+        torch.testing.assert_close(generator.finish(name, captured), images, rtol=0, atol=1e-6)
+        same = generator.capture_w(name, generator.mapped(z))
+        assert torch.equal(same.value, generator.capture(name, z).value)
+    layer = list(generator.layers)[2]
+    style = generator.capture_w(layer, ws).style
+    assert torch.equal(style, generator.layers[layer].conv.modulation(ws[:, 2].double()).float())
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 7, 5), (5,), (2, 1, 5), (2, 6, 5, 1)])
+def test_w_of_another_shape(generator, shape):
+    with pytest.raises(ValueError, match=r"w is B x 5 \(W\) or B x 6 x 5 \(W\+\)"):
+        generator.synthesis(torch.zeros(shape))
+
+
+def test_w_of_another_kind(generator):
+    with pytest.raises(TypeError, match="got list"):
+        generator.synthesis([0.0])
+    with pytest.raises(ValueError, match="int64"):
+        generator.capture_w("layer2", torch.zeros(2, 5, dtype=torch.int64))
+
+
+def test_style_mixing(generator, state, z):
+    other = torch.randn(3, 7)
+    a, b = reference.mapped(double(state), z.double()), reference.mapped(double(state), other.double())
+    for count in (0, 1, 4, 6):
+        ws = torch.stack([a if n < count else b for n in range(6)], 1)
+        mixed = generator.mixed(z, other, count)
+        torch.testing.assert_close(mixed.double(), ws, rtol=0, atol=1e-5)
+        close(generator.synthesis(mixed), images_of(double(state), ws))
+    assert torch.equal(generator.synthesis(generator.mixed(z, other, 6)), generator(z))
+    assert torch.equal(generator.synthesis(generator.mixed(z, other, 0)), generator(other))
+    assert generator.mixed(z, other[:1], 2).shape == (3, 6, 5)
+    generator.truncation = 0.5
+    torch.testing.assert_close(generator.synthesis(generator.mixed(z, other, 6)), generator(z))
+    for bad in (-1, 7, 1.5, True, None):
+        with pytest.raises(ValueError, match="layers is a number of styles from 0 to 6"):
+            generator.mixed(z, other, bad)
+
+
+def test_truncation_of_some_layers(generator, state, z):
+    state = double(state)
+    w, mean = reference.mapped(state, z.double()), state["mapping.w_avg"]
+    generator.truncation = 0.3
+    for count in (0, 2, 5, 6, None):
+        generator.truncation_layers = count
+        ws = torch.stack([mean + 0.3 * (w - mean) if n < (6 if count is None else count) else w for n in range(6)], 1)
+        close(generator(z), images_of(state, ws))
+    generator.truncation_layers = 3
+    assert generator.settings() == {"truncation_layers": 3}
+    generator.truncation = 1
+    assert generator.settings() == {}
+    for bad in (-1, 7, 1.5, True, "2"):
+        with pytest.raises(ValueError, match="truncation_layers is a number"):
+            generator.truncation_layers = bad
+
+
+def test_noise_modes(generator, state, z):
+    fixed = generator(z)
+    generator.noise_mode = "none"
+    close(generator(z), reference.images(double(state), z.double(), noise=False))
+    close(generator(z[:1]), reference.images(double(state), z[:1].double(), noise=False))
+    assert not generator.capture("layer4", z).noise.any()
+    generator.noise_mode = "random"
+    torch.manual_seed(0)
+    first, again = generator(z), generator(z)
+    assert not torch.equal(first, again)
+    torch.manual_seed(0)
+    assert torch.equal(generator(z), first)
+    same = generator(z[:1].expand(3, -1))
+    assert not torch.equal(same[0], same[1])  # each image has its own
+    for call in (generator.keys, generator.capture):
+        with pytest.raises(ValueError, match="noise_mode is 'random'"):
+            call("layer4", z)
+    with pytest.raises(ValueError, match="noise_mode is 'random'"):
+        generator.capture_w("layer4", generator.mapped(z))
+    generator.noise_mode = "fixed"
+    assert torch.equal(generator(z), fixed)
+    with pytest.raises(ValueError, match="fixed, random, none, got 'const'"):
+        generator.noise_mode = "const"
+
+
+def test_statistics_belong_to_the_settings(generator, tmp_path):
+    """Keys of another noise, label or truncation are other keys."""
+    cache = tmp_path / "cache"
+    rewriter = Rewriter(generator, "layer5", samples=6, cache_dir=cache)
+    first = rewriter.moment.matrix.clone()
+    generator.noise_mode = "none"
+    assert not torch.equal(rewriter.moment.matrix, first)
+    assert len(list(cache.iterdir())) == 2
+    generator.noise_mode = "fixed"
+    assert torch.equal(rewriter.moment.matrix, first)
+    key = StatisticsCache.key(generator, "layer5", samples=6, seed=1, precision="fp32")
+    generator.truncation_layers = 2
+    assert StatisticsCache.key(generator, "layer5", samples=6, seed=1, precision="fp32") == key
+    generator.truncation = 0.5
+    assert "truncation_layers" in StatisticsCache.key(generator, "layer5", samples=6, seed=1, precision="fp32")
+
+
+def test_statistics_belong_to_the_label(tmp_path):
+    torch.save(reference.random_state(classes=3), tmp_path / "x.pt")
+    generator = load_generator(tmp_path / "x.pt")
+    rewriter = Rewriter(generator, "layer5", samples=6, cache_dir=tmp_path / "cache")
+    first = rewriter.moment.matrix.clone()
+    generator.label = 2
+    assert not torch.equal(rewriter.moment.matrix, first)
