@@ -29,6 +29,8 @@ def project_cpu(weights: Sequence[Weight], adam: Adam | None, threads: int) -> N
 def insertion_steps_cpu(
     sizes: Sequence[int],
     starts: Sequence[int],
+    shape: tuple[int, int, bool],
+    shapes: Sequence[int],
     problem: Sequence[int],
     state: Sequence[int],
     settings: Sequence[float],
@@ -55,3 +57,15 @@ def second_moment_cuda(
     wait: bool,
 ) -> None: ...
 def project_cuda(weights: Sequence[Weight], adam: Adam | None, device: int, stream: int, wait: bool) -> None: ...
+def insertion_steps_cuda(
+    sizes: Sequence[int],
+    starts: Sequence[int],
+    shape: tuple[int, int, bool],
+    shapes: Sequence[int],
+    problem: Sequence[int],
+    state: Sequence[int],
+    settings: Sequence[float],
+    device: int,
+    stream: int,
+    wait: bool,
+) -> None: ...
