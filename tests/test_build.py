@@ -5,12 +5,19 @@ Every process runs in an empty folder: beside the sources, `-c` and `-m` would i
 
 from __future__ import annotations
 
+import ast
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+
+import pytest
 
 import pyrewrite
 from pyrewrite import _C
+from pyrewrite.ops import _library
 
 
 def test_versions_agree():
@@ -52,3 +59,76 @@ def test_an_op_without_the_binary_says_what_is_missing(tmp_path):
         "else: raise SystemExit('no error')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_two_releases_that_meet_are_named(monkeypatch):
+    monkeypatch.setattr(_library, "__version__", "0.0.1")
+    module, problem = _library._load.__wrapped__()
+    assert module is None
+    assert f"the Python files are pyrewrite 0.0.1 and the binary module is {_C.version()}" in problem
+    assert _C.__file__ in problem
+
+
+def test_import_under_strict_warnings(tmp_path):
+    code = "import pyrewrite, pyrewrite.ops, pyrewrite._C"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=tmp_path)
+
+
+@pytest.mark.skipif(
+    not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python always has its global lock: nothing to see"
+)
+def test_import_leaves_the_global_lock_off(tmp_path):
+    code = "import sys, pyrewrite._C; raise SystemExit(sys._is_gil_enabled())"
+    subprocess.run([sys.executable, "-X", "gil=0", "-W", "error", "-c", code], check=True, cwd=tmp_path)
+
+
+def elf(*options: str) -> str:
+    readelf = shutil.which("readelf")
+    if readelf is None or sys.platform != "linux":
+        pytest.skip("no readelf here")
+    return subprocess.run([readelf, *options, _C.__file__], check=True, capture_output=True, text=True).stdout
+
+
+def test_libraries_that_the_binary_needs():
+    """The C and C++ libraries, and the CUDA runtime only where it was asked to be shared."""
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", elf("--dynamic", "--wide"))
+    allowed = r"(libstdc\+\+|libgcc_s|libc|libm|libpthread|libdl|librt|ld-linux.*)\.so.*"
+    if _C.build_info().get("cuda_runtime") == "shared":
+        allowed += r"|libcudart\.so.*"
+    assert [name for name in needed if not re.fullmatch(allowed, name)] == []
+
+
+def test_symbols_that_the_binary_shows_and_wants():
+    lines = [line.split() for line in elf("--dyn-syms", "--wide").splitlines() if re.match(r"\s*\d+:", line)]
+    names = {line[7].partition("@")[0]: line[6] for line in lines if len(line) > 7}
+    assert not [name for name in names if re.search(r"torch|N2at|N3c10|c10", name)]
+    shown = {name for name, section in names.items() if section != "UND"}
+    assert "PyInit__C" in shown
+    assert not [name for name in shown if name.startswith("cuda")], "the static runtime must stay inside"
+
+
+def declared() -> dict[str, list[str]]:
+    """Names in the stub with their arguments, `Class.__init__` for a class."""
+    tree = ast.parse(Path(pyrewrite.__file__).with_name("_C.pyi").read_text(encoding="utf-8"))
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = [a.arg for f in node.body if isinstance(f, ast.FunctionDef) for a in f.args.args][1:]
+        elif isinstance(node, ast.FunctionDef):
+            found[node.name] = [a.arg for a in node.args.args]
+    return found
+
+
+def test_stub_holds_what_the_binary_holds():
+    stub = declared()
+    real = {name for name in dir(_C) if not name.startswith("__")}
+    missing = set(stub) - real
+    assert real <= set(stub)
+    if _C.build_info()["cuda"]:
+        assert not missing
+    assert all("cuda" in name or name == "second_moment_workspace" for name in missing)
+    for name in real:
+        thing = getattr(_C, name)
+        text = (thing.__init__ if isinstance(thing, type) else thing).__doc__.splitlines()[0]
+        arguments = [a for a in re.findall(r"[(,] ?(\w+): ", text) if a != "self"]
+        assert arguments == stub[name], text

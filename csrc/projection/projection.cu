@@ -1,89 +1,62 @@
-// One block an output channel. The change W - W0 of a tile of input channels is staged in shared memory, tap by tap,
-// and its products with the directions are summed there; then every element is written once.
+// The host side: which kernel takes an item, and as many items a launch as fit its parameters.
+#include <vector>
+
 #include "common/device.h"
-#include "projection/params.h"
+#include "projection/contiguous.cuh"
+#include "projection/launch.h"
+#include "projection/strided.cuh"
 
 namespace pyrewrite {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kPlainSharedFloats = 48 * 1024 / 4;  // what a block may use without asking
-constexpr int kLeastTile = 32;                     // input channels
+bool empty(const ProjectionItem& p) { return p.out <= 0 || p.in <= 0 || p.height <= 0 || p.width <= 0; }
 
-struct Launch {
-  ProjectionItem items[kItemsPerLaunch];
-  int first_block[kItemsPerLaunch + 1];
-  int tile[kItemsPerLaunch];
-  int count;
-  AdamSettings adam;
-};
-static_assert(sizeof(Launch) <= 4096, "kernel parameters");
-
-// Taps of the tile lie `pitch` apart: 4 beyond a multiple of the 32 banks, so that the taps of neighbouring channels,
-// which neighbouring threads write, meet in few of them.
-__host__ __device__ constexpr int pitch_of(int tile) { return (tile + 31) / 32 * 32 + 4; }
-
-__device__ std::int64_t offset(const WeightView& v, const ProjectionItem& p, int channel, int i, int k) {
-  return channel * v.out_stride + i * v.in_stride + (k / p.width) * v.height_stride + (k % p.width) * v.width_stride;
+// Whether every row lies without gaps and can be read 128 bits at a time.
+bool rows_of_vectors(const WeightView& v, const ProjectionItem& p) {
+  const std::int64_t taps = static_cast<std::int64_t>(p.height) * p.width;
+  return (p.width == 1 || v.width_stride == 1) && (p.height == 1 || v.height_stride == p.width) &&
+         (p.in == 1 || v.in_stride == taps) && (p.out == 1 || v.out_stride % 4 == 0) &&
+         reinterpret_cast<std::uintptr_t>(v.data) % 16 == 0;
 }
 
-__global__ void __launch_bounds__(kThreads) project_kernel(const __grid_constant__ Launch launch) {
-  extern __shared__ float shared[];
-  int n = 0;
-  while (static_cast<int>(blockIdx.x) >= launch.first_block[n + 1]) ++n;
-  const ProjectionItem& p = launch.items[n];
-  const AdamSettings& adam = launch.adam;
-  const int channel = static_cast<int>(blockIdx.x) - launch.first_block[n];
-  const int taps = p.height * p.width, pairs = p.rank * taps;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float* sums = shared;            // rank x taps
-  float* change = shared + pairs;  // taps x pitch
-  const int pitch = pitch_of(launch.tile[n]);
+bool direction_of_vectors(const ProjectionItem& p) {
+  return p.direction_in_stride == 1 && p.direction_rank_stride % 4 == 0 &&
+         reinterpret_cast<std::uintptr_t>(p.direction) % 16 == 0;
+}
 
-  for (int pair = threadIdx.x; pair < pairs; pair += kThreads) sums[pair] = 0.f;
-  for (int i0 = 0; i0 < p.in; i0 += launch.tile[n]) {
-    const int tile = min(launch.tile[n], p.in - i0);
-    __syncthreads();  // the sums are zero, or the tile before is used up
-    for (int j = threadIdx.x; j < tile * taps; j += kThreads) {
-      const int i = j / taps, k = j % taps;
-      float* at = p.weight.data + offset(p.weight, p, channel, i0 + i, k);
-      float weight = *at;
-      if (adam.enabled) {
-        float* exp_avg = p.exp_avg.data + offset(p.exp_avg, p, channel, i0 + i, k);
-        float* exp_avg_sq = p.exp_avg_sq.data + offset(p.exp_avg_sq, p, channel, i0 + i, k);
-        const float grad = p.grad.data[offset(p.grad, p, channel, i0 + i, k)];
-        float m = *exp_avg, v = *exp_avg_sq;
-        weight = adam_element(weight, grad, m, v, adam);
-        *exp_avg = m;
-        *exp_avg_sq = v;
-      }
-      if (adam.project)
-        change[k * pitch + i] = weight - p.base.data[offset(p.base, p, channel, i0 + i, k)];
-      else
-        *at = weight;
-    }
-    if (!adam.project) continue;
-    __syncthreads();
-    // A warp an entry, its lanes over the input channels. Only this warp ever touches the entry.
-    for (int pair = warp; pair < pairs; pair += kWarps) {
-      const int r = pair / taps, k = pair % taps;
-      const float* direction = p.direction + r * p.direction_rank_stride + i0 * p.direction_in_stride;
-      float total = 0.f;
-      for (int i = lane; i < tile; i += 32) total += direction[i * p.direction_in_stride] * change[k * pitch + i];
-      for (int step = 16; step > 0; step /= 2) total += __shfl_down_sync(0xffffffffu, total, step);
-      if (lane == 0) sums[pair] += total;
-    }
-  }
-  if (!adam.project) return;
-  __syncthreads();
-  for (int j = threadIdx.x; j < p.in * taps; j += kThreads) {
-    const int i = j / taps, k = j % taps;
-    float total = 0.f;
-    for (int r = 0; r < p.rank; ++r)
-      total += sums[r * taps + k] * p.direction[r * p.direction_rank_stride + i * p.direction_in_stride];
-    p.weight.data[offset(p.weight, p, channel, i, k)] = p.base.data[offset(p.base, p, channel, i, k)] + total;
-  }
+bool is_contiguous(const ProjectionItem& p, const AdamSettings& settings) {
+  const int taps = p.height * p.width;
+  if ((taps != 1 && taps != 9) || p.in % 4 != 0 || p.in > contiguous::kMostChannels) return false;
+  if (!rows_of_vectors(p.weight, p)) return false;
+  if (settings.project && (p.rank > contiguous::kMostRank || !rows_of_vectors(p.base, p) || !direction_of_vectors(p)))
+    return false;
+  return !settings.enabled ||
+         (rows_of_vectors(p.grad, p) && rows_of_vectors(p.exp_avg, p) && rows_of_vectors(p.exp_avg_sq, p));
+}
+
+// The largest tile of input channels that fits; the padding of a pitch is at most 35 floats a tap.
+int strided_tile(const ProjectionItem& p) {
+  const int taps = p.height * p.width;
+  const int tile = ((strided::kPlainSharedFloats - p.rank * taps) / taps - 4) / 32 * 32;
+  return tile > p.in ? p.in : tile < strided::kLeastTile ? strided::kLeastTile : tile;
+}
+
+// Adds an item to the launch and returns the floats of shared memory it needs.
+int add(ProjectionLaunch& launch, const ProjectionItem& p, bool contiguous_rows, bool project) {
+  const int n = launch.count++, taps = p.height * p.width;
+  launch.items[n] = p;
+  launch.first_block[n + 1] = launch.first_block[n] + p.out;
+  if (contiguous_rows) return project ? contiguous::shared_floats(p.in, taps, p.rank) : 0;
+  launch.tile[n] = strided_tile(p);
+  return p.rank * taps + taps * strided::pitch_of(launch.tile[n]);
+}
+
+using Kernel = void (*)(ProjectionLaunch);
+
+Kernel kernel_of(bool contiguous_rows, const AdamSettings& settings) {
+  if (!contiguous_rows) return strided::project_kernel;
+  if (!settings.enabled) return contiguous::project_kernel<false, true>;
+  return settings.project ? contiguous::project_kernel<true, true> : contiguous::project_kernel<true, false>;
 }
 
 }  // namespace
@@ -98,46 +71,40 @@ Status project_cuda(const ProjectionItem* items, int count, const AdamSettings& 
   if (error != cudaSuccess) return cuda_status(error, "asking for the shared memory", device);
 
   // Everything is checked before the first launch, so that a refusal leaves all weights as they were.
+  std::vector<const ProjectionItem*> kinds[2];  // strided, contiguous
   for (int n = 0; n < count; ++n) {
     const ProjectionItem& p = items[n];
+    if (empty(p)) continue;
+    kinds[is_contiguous(p, settings)].push_back(&p);
     const std::int64_t taps = static_cast<std::int64_t>(p.height) * p.width;
-    if ((p.rank * taps + taps * pitch_of(kLeastTile)) * 4 > most)
+    if ((p.rank * taps + taps * strided::pitch_of(strided::kLeastTile)) * 4 > most)
       return Status::error(
           Status::kUnsupported,
           "projection: rank %d with a %d x %d kernel needs more shared memory than the %d bytes of GPU "
           "%d; impl='torch' takes it",
           p.rank, p.height, p.width, most, device);
   }
-  int next = 0;
-  while (next < count) {
-    Launch launch{};
-    launch.adam = settings;
-    int blocks = 0, shared_floats = 0;
-    for (; next < count && launch.count < kItemsPerLaunch; ++next) {
-      const ProjectionItem& p = items[next];
-      if (p.out <= 0 || p.in <= 0 || p.height <= 0 || p.width <= 0) continue;
-      const int taps = p.height * p.width, pairs = p.rank * taps;
-      // The largest tile that fits; the padding of a pitch is at most 35 floats a tap.
-      int tile = ((kPlainSharedFloats - pairs) / taps - 4) / 32 * 32;
-      if (tile > p.in) tile = p.in;
-      if (tile < kLeastTile) tile = kLeastTile;
-      const int floats = pairs + taps * pitch_of(tile);
-      if (floats > shared_floats) shared_floats = floats;
-      launch.items[launch.count] = p;
-      launch.tile[launch.count] = tile;
-      launch.first_block[launch.count++] = blocks;
-      blocks += p.out;
-      launch.first_block[launch.count] = blocks;
+  for (const bool contiguous_rows : {true, false}) {
+    const Kernel kernel = kernel_of(contiguous_rows, settings);
+    const std::vector<const ProjectionItem*>& chosen = kinds[contiguous_rows];
+    for (std::size_t next = 0; next < chosen.size();) {
+      ProjectionLaunch launch{};
+      launch.adam = settings;
+      int shared_floats = 0, threads = contiguous_rows ? 32 : strided::kThreads;
+      for (; next < chosen.size() && launch.count < kItemsPerLaunch; ++next) {
+        const ProjectionItem& p = *chosen[next];
+        const int floats = add(launch, p, contiguous_rows, settings.project != 0);
+        if (floats > shared_floats) shared_floats = floats;
+        if (contiguous_rows && p.in / 4 > threads) threads = (p.in / 4 + 31) / 32 * 32;
+      }
+      if (shared_floats > strided::kPlainSharedFloats) {
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_floats * 4);
+        if (error != cudaSuccess) return cuda_status(error, "asking for more shared memory", device);
+      }
+      kernel<<<launch.first_block[launch.count], threads, shared_floats * 4, stream>>>(launch);
+      error = cudaGetLastError();
+      if (error != cudaSuccess) return cuda_status(error, "projection", device);
     }
-    if (launch.count == 0) break;
-    const int bytes = shared_floats * 4;
-    if (shared_floats > kPlainSharedFloats) {
-      error = cudaFuncSetAttribute(project_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-      if (error != cudaSuccess) return cuda_status(error, "asking for more shared memory", device);
-    }
-    project_kernel<<<blocks, kThreads, bytes, stream>>>(launch);
-    error = cudaGetLastError();
-    if (error != cudaSuccess) return cuda_status(error, "projection", device);
   }
   if (wait) {
     error = cudaStreamSynchronize(stream);

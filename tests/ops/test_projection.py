@@ -91,6 +91,7 @@ def test_what_a_projection_does(impl, on_device):
 def test_list_in_one_call(impl, on_device):
     torch.manual_seed(0)
     shapes = [(n % 5 + 1, 3 * n + 1, 1 + 2 * (n % 2), 3) for n in range(33)] + [(0, 4, 3, 3), (2, 0, 3, 3)]
+    shapes += [(2, 4 * n + 4, 1 + 2 * (n % 2), 1 + 2 * (n % 2)) for n in range(17)]
     weights = [on_device(torch.randn(s)) for s in shapes]
     bases = [on_device(torch.randn(s)) for s in shapes]
     ds = [on_device(directions(min(2, s[1]), s[1])) for s in shapes]
@@ -111,6 +112,49 @@ def test_wide_layers(shape, rank, impl, on_device):
     baseline = project_ref(weight.cpu(), base.cpu(), direction)
     project_(weight, base, on_device(direction), impl=impl)
     close(weight, truth, baseline)
+
+
+# The sizes that a CUDA kernel of their own takes, around its borders: channels of one, several and a broken number of
+# warps, ranks around its groups of directions, one more than it takes.
+VECTORS = [
+    (3, 8, 3, 3),
+    (2, 100, 3, 3),
+    (3, 128, 1, 1),
+    (1, 2, 132, 3, 3),
+    (2, 512, 3, 3),
+    (1, 1024, 3, 3),
+    (1, 1028, 3, 3),
+]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", VECTORS, ids=str)
+def test_vectors(shape, impl, on_device):
+    torch.manual_seed(0)
+    base, start = on_device(torch.randn(shape)), torch.randn(shape)
+    weight = on_device(start.clone())
+    for rank in (0, 1, 2, 3, 4, 7, 30, 64, 128, 129):
+        direction = directions(rank, shape[-3]) if rank <= shape[-3] else torch.randn(rank, shape[-3]) / shape[-3]
+        weight.copy_(start)
+        project_(weight, base, on_device(direction), impl=impl)
+        truth = project_ref(start.double(), base.cpu().double(), direction.double())
+        close(weight, truth, project_ref(start, base.cpu(), direction))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_vectors_with_neighbours(impl, on_device):
+    """Rows without gaps inside a larger tensor, and rows at an address that no vector may have."""
+    torch.manual_seed(0)
+    for first, channels in ((4, 8), (1, 8), (0, 9)):
+        storage = on_device(torch.randn(5, 20, 3, 3))
+        before = storage.clone()
+        weight = storage[1:4, first : first + channels]
+        base, direction = on_device(torch.randn(weight.shape)), directions(2, channels)
+        project_(weight, base, on_device(direction), impl=impl)
+        truth = project_ref(before[1:4, first : first + channels].cpu(), base.cpu(), direction)
+        torch.testing.assert_close(weight.cpu(), truth, atol=2e-6, rtol=0)
+        storage[1:4, first : first + channels] = before[1:4, first : first + channels]
+        assert torch.equal(storage, before)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -137,7 +181,9 @@ def test_not_finite_is_seen(bad, impl, on_device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(4, 6, 3, 3), (1, 3, 33, 3, 3), (2, 129, 1, 1), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(4, 6, 3, 3), (1, 3, 33, 3, 3), (2, 129, 1, 1), (1, 1, 1, 1), (2, 136, 3, 3), (3, 12, 1, 1)], ids=str
+)
 @pytest.mark.parametrize("projecting", [True, False])
 def test_adam(projecting, shape, layout, impl, on_device):
     torch.manual_seed(0)

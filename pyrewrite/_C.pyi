@@ -1,0 +1,71 @@
+"""Types of the binary module, csrc/bindings.cpp.
+
+Every function takes addresses (`Tensor.data_ptr()`), sizes, and strides in elements, and checks little: the callers in
+pyrewrite/ops do. ValueError for arguments that do not fit, RuntimeError for what fails while running.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+_Four: TypeAlias = Sequence[int]  # images, channels, height, width; or out, in, height, width of a weight
+_Two: TypeAlias = Sequence[int]
+_Place: TypeAlias = tuple[int, _Four]  # address, strides
+
+class Weight:
+    """One weight of a batch with its tensors: weight, base[, grad, exp_avg, exp_avg_sq]."""
+
+    def __init__(self, shape: _Four, places: Sequence[_Place], direction: tuple[int, _Two], rank: int) -> None: ...
+
+class Adam:
+    """Settings of one step of Adam."""
+
+    def __init__(self, step: float, lr: float, beta1: float, beta2: float, eps: float, project: bool) -> None: ...
+
+def version() -> str: ...
+def build_info() -> dict[str, Any]: ...
+def cpu_isa() -> str: ...
+def second_moment(x: int, dtype: int, shape: _Four, strides: _Four, total: int, threads: int) -> None: ...
+def project_cpu(weights: Sequence[Weight], adam: Adam | None, threads: int) -> None: ...
+def insertion_steps_cpu(
+    sizes: Sequence[int],
+    starts: Sequence[int],
+    shape: tuple[int, int, bool],
+    shapes: Sequence[int],
+    problem: Sequence[int],
+    state: Sequence[int],
+    settings: Sequence[float],
+    threads: int,
+) -> None: ...
+
+# The rest is there only where build_info()["cuda"] is true.
+def cuda_report() -> dict[str, Any]: ...
+def second_moment_workspace(
+    x: int, dtype: int, shape: _Four, strides: _Four, precision: int, family: int, device: int
+) -> int: ...
+def second_moment_cuda(
+    x: int,
+    dtype: int,
+    shape: _Four,
+    strides: _Four,
+    precision: int,
+    family: int,
+    moment: int,
+    moment_strides: _Two,
+    workspace: int,
+    device: int,
+    stream: int,
+    wait: bool,
+) -> None: ...
+def project_cuda(weights: Sequence[Weight], adam: Adam | None, device: int, stream: int, wait: bool) -> None: ...
+def insertion_steps_cuda(
+    sizes: Sequence[int],
+    starts: Sequence[int],
+    shape: tuple[int, int, bool],
+    shapes: Sequence[int],
+    problem: Sequence[int],
+    state: Sequence[int],
+    settings: Sequence[float],
+    device: int,
+    stream: int,
+    wait: bool,
+) -> None: ...
