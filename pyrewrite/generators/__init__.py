@@ -3,7 +3,7 @@
 from pyrewrite.generators.base import Generator, numbered_latents
 from pyrewrite.generators.dcgan import DCGAN, DCGANShape
 from pyrewrite.generators.editable import EditableModule, as_editable
-from pyrewrite.generators.loading import BUNDLED, load_generator
+from pyrewrite.generators.loading import BUNDLED, load_generator, register_family
 from pyrewrite.generators.network import Activation, EditableLayer, EditableNetwork
 from pyrewrite.generators.progan import ProGAN, ProGANShape
 from pyrewrite.generators.saving import save_generator
@@ -25,5 +25,6 @@ __all__ = [
     "as_editable",
     "load_generator",
     "numbered_latents",
+    "register_family",
     "save_generator",
 ]
