@@ -9,7 +9,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .edit import Edit, Selection, Settings
-    from .generators import Generator, load_generator, save_generator
+    from .generators import Generator, as_editable, load_generator, register_family, save_generator
     from .rewriting import EditWarning, LowRankPatch, Report, Rewriter, overlap, stack
     from .statistics import SecondMoment, collect
 
@@ -20,7 +20,9 @@ _EXPORTS = {
     "Selection": "edit",
     "Settings": "edit",
     "Generator": "generators",
+    "as_editable": "generators",
     "load_generator": "generators",
+    "register_family": "generators",
     "save_generator": "generators",
     "EditWarning": "rewriting",
     "LowRankPatch": "rewriting",
@@ -43,9 +45,11 @@ __all__ = [
     "Selection",
     "Settings",
     "__version__",
+    "as_editable",
     "collect",
     "load_generator",
     "overlap",
+    "register_family",
     "save_generator",
     "stack",
 ]

@@ -3,84 +3,25 @@
 from __future__ import annotations
 
 import abc
-import hashlib
 import numbers as number_types
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyrewrite.errors import UnknownLayerError
-
-if TYPE_CHECKING:
-    from pyrewrite.ops.insertion import ConvLayer
+from pyrewrite.generators.network import Activation, EditableLayer, EditableNetwork
 
 # Image number n needs the first (n + 1) * z_dim draws of the random stream: a mistyped number must not run for hours.
 MAX_NUMBER = 1_000_000
 _ROWS_PER_DRAW = 4096
 
 
-@dataclass(frozen=True)
-class Activation:
-    """One layer's input and output for a batch, with what it takes to go on from there.
-
-    key    B x I x h x w, the input of the convolution
-           (StyleGAN2: after modulation; ProGAN: after PixelNorm and up-sampling)
-    value  B x O x H x W, the output
-           (StyleGAN2: after demodulation, blur, noise, bias and leaky ReLU; ProGAN: the bare convolution)
-    style  B x I, or None where the family has no modulation
-    noise  H x W, already times the noise strength, the same for every image; None where the family has no noise
-    carry  what else flows past the layer; only `Generator.finish` of the same generator knows what it is
-    """
-
-    key: Tensor
-    value: Tensor
-    style: Tensor | None
-    noise: Tensor | None
-    carry: Any
-
-
-@dataclass(frozen=True, eq=False)
-class EditableLayer:
-    """A convolution of a generator under its public name.
-
-    resolution is the height of the value map, key_resolution that of the key map. upsample: the convolution itself
-    doubles the resolution (StyleGAN2, odd layers). conv is the module that holds the weight.
-    """
-
-    name: str
-    resolution: int
-    key_resolution: int
-    in_channels: int
-    out_channels: int
-    kernel_size: int
-    upsample: bool
-    conv: nn.Module
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """Where the weight lives: 1 x O x I x k x k (StyleGAN2) or O x I x k x k (ProGAN). Change it in place."""
-        return self.conv.weight
-
-    def __repr__(self) -> str:
-        up = ", upsample" if self.upsample else ""
-        k, r = self.kernel_size, self.resolution
-        return f"EditableLayer({self.name}: {self.in_channels} -> {self.out_channels}, {k}x{k}, at {r}x{r}{up})"
-
-
-class Layers(dict):
-    """Editable layers by name, in the order in which they run."""
-
-    def __missing__(self, name: object) -> EditableLayer:
-        raise UnknownLayerError(f"there is no layer {name!r}; this generator has {', '.join(self)}")
-
-
-def _image_numbers(numbers: int | Iterable[int]) -> list[int]:
+def image_numbers(numbers: int | Iterable[int]) -> list[int]:
+    """Checked image numbers: TypeError for what is no integer, ValueError for one below 0 or above MAX_NUMBER."""
     if isinstance(numbers, number_types.Integral):
         numbers = [numbers]
     if isinstance(numbers, (Tensor, np.ndarray)):
@@ -103,7 +44,7 @@ def numbered_latents(numbers: int | Iterable[int], z_dim: int, seed: int = 1) ->
 
     Raises TypeError for numbers that are not integers, ValueError for one below 0 or above MAX_NUMBER.
     """
-    wanted = _image_numbers(numbers)
+    wanted = image_numbers(numbers)
     rows = np.empty((len(wanted), z_dim), np.float32)
     order = np.argsort(wanted, kind="stable")
     sorted_numbers = np.asarray(wanted, np.int64)[order]
@@ -150,37 +91,28 @@ def side_by_side(run: Callable[[int], Any], count: int) -> list[Any]:
         torch.set_num_threads(before)  # what threads that are yet to come take over
 
 
-class Generator(nn.Module, abc.ABC):
+class Generator(EditableNetwork):
     """A pretrained generator as a sequence of named, editable layers.
 
     family      "stylegan2", "progan" or "dcgan"
     z_dim       length of a latent
     image_size  height and width of the images
-    layers      name -> EditableLayer, in order
     truncation  w is pulled towards the mean latent: w_mean + truncation * (w - w_mean); 1 is off
     classes     number of class labels; 0 for a generator without
     label       the class of all images, 0 to classes - 1; None for a generator without classes
-    notes       what was decided while loading, for `info`
     path        the file it was loaded from
     layout      how that file named the weights, such as "rosinality"
-    patches     the patches applied to the weights; belongs to `pyrewrite.rewriting`
     """
 
-    family: str
     z_dim: int
-    image_size: int
     image_channels: int
     classes: int = 0
     _label: int | None = None
 
     def __init__(self) -> None:
         super().__init__()
-        self.notes: list[str] = []
-        self.patches: Any = None
         self.path: Path | None = None
         self.layout: str | None = None
-        self._layers = Layers()
-        self._hash: tuple[tuple, str] | None = None
 
     # -- what a family defines ---------------------------------------
 
@@ -208,34 +140,7 @@ class Generator(nn.Module, abc.ABC):
         """H x W, times the noise strength."""
         return None
 
-    @abc.abstractmethod
-    def conv_layer(self, layer: str | EditableLayer) -> ConvLayer:
-        """What the layer computes, with its current weight: a view, no copy."""
-
-    @abc.abstractmethod
-    def mean_style(self, layer: str | EditableLayer) -> Tensor | None:
-        """The style (I) of the layer at the mean latent; None where the family has no modulation."""
-
     # -- layers and latents ------------------------------------------
-
-    @property
-    def layers(self) -> Layers:
-        return self._layers
-
-    def find_layer(self, layer: str | EditableLayer) -> EditableLayer:
-        """The layer of that name, or UnknownLayerError (a KeyError and ValueError), which lists the names."""
-        return self._layers[layer.name if isinstance(layer, EditableLayer) else layer]
-
-    def _index(self, layer: str | EditableLayer) -> int:
-        return list(self._layers).index(self.find_layer(layer).name)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
 
     @property
     def label(self) -> int | None:
@@ -250,17 +155,7 @@ class Generator(nn.Module, abc.ABC):
             raise ValueError(f"label is a class number from 0 to {self.classes - 1}, got {value!r}")
         self._label = value
 
-    @property
-    def truncation(self) -> float:
-        return 1.0
-
-    @truncation.setter
-    def truncation(self, value: float) -> None:
-        if value != 1:
-            raise ValueError(f"a {self.family} has no intermediate latent to truncate: truncation is 1, got {value}")
-
     def settings(self) -> dict[str, Any]:
-        """What else than weights, latents and truncation decides the images; only what is not the default."""
         return {"label": self._label} if self.classes else {}
 
     def file_state(self) -> dict[str, Tensor]:
@@ -406,23 +301,3 @@ class Generator(nn.Module, abc.ABC):
         if image.std((2, 3)).max() < 0.01:
             return f"image {number} is one flat colour"
         return None
-
-    # -- identity ----------------------------------------------------
-
-    def weights_hash(self) -> str:
-        """sha256 (hex) over the names, shapes, types and bytes of all weights and buffers; another after every edit.
-
-        The result is kept while the version counters and the sums of all tensors stay what they were: an edit through
-        `.data` moves no counter.
-        """
-        named = [*self.named_parameters(), *self.named_buffers()]
-        sums = torch.stack([tensor.detach().sum(dtype=torch.float64) for _, tensor in named]).tolist()
-        seen = tuple((name, t.data_ptr(), t._version, total) for (name, t), total in zip(named, sums, strict=True))
-        if self._hash is None or self._hash[0] != seen:
-            digest = hashlib.sha256()
-            for name, tensor in sorted(named, key=lambda pair: pair[0]):
-                tensor = tensor.detach().cpu().contiguous()
-                digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-                digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-            self._hash = (seen, digest.hexdigest())
-        return self._hash[1]

@@ -76,8 +76,6 @@ class DCGAN(Generator):
             before, resolution = resolution, 2 * resolution if n else k
             self._layers[name] = EditableLayer(name, resolution, before, i, o, k, n > 0, block.conv)
         self.image_size = resolution
-        # A filter that leaves all as it is: what follows an up-sampling convolution in layers that have a filter.
-        self.register_buffer("_identity", torch.ones(1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     def _block(self, index: int) -> Block:
@@ -117,10 +115,11 @@ class DCGAN(Generator):
         from pyrewrite.ops.insertion import ConvLayer
 
         layer = self.find_layer(layer)
-        bias = layer.conv.bias
+        weight, bias = layer.weight.detach(), layer.conv.bias
         return ConvLayer(
-            weight=layer.weight.detach(),
-            blur=self._identity if layer.upsample else None,
+            weight=weight,
+            # An up-sampling layer has a filter after it; this one leaves all as it is.
+            blur=weight.new_ones(1, 1) if layer.upsample else None,
             bias=None if bias is None else bias.detach(),
             padding=None if layer.upsample else layer.kernel_size - 1,
         )

@@ -73,7 +73,7 @@ def collect(
     cache = None if cache_dir is False else StatisticsCache(None if cache_dir is True else cache_dir)
     if cache is not None:
         key = cache.key(generator, layer, samples=samples, seed=seed, precision=precision)
-        pixels = info.key_resolution**2
+        pixels = info.key_pixels
         found = cache.read(
             key, d=info.in_channels, count=samples * pixels, device=generator.device, quantiles=quantiles
         )
@@ -152,7 +152,7 @@ def batch_size_by_memory(generator: Generator, layer: str) -> int:
     """How many images to run at a time: what a part of the free GPU memory holds, or of the caches on a CPU."""
     info = generator.layers[layer]
     # The widest maps on the way, in and out, several of them alive at once, float32.
-    per_image = 32 * (info.in_channels * info.key_resolution**2 + info.out_channels * info.resolution**2)
+    per_image = 32 * (info.in_channels * info.key_pixels + info.out_channels * info.resolution**2)
     if generator.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(generator.device)
         return max(1, min(256, free // 4 // per_image))

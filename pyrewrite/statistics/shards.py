@@ -50,7 +50,7 @@ def collect_shared(
     start = time.perf_counter()
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     info = generator.layers[layer]
-    pixels = info.key_resolution**2
+    pixels = info.key_pixels
     cache = None if cache_dir is False else StatisticsCache(None if cache_dir is True else cache_dir)
     key = StatisticsCache.key(generator, layer, samples=samples, seed=seed, precision=precision)
     found = None

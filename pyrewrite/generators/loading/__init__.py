@@ -16,7 +16,7 @@ from pyrewrite.errors import CheckpointMismatchError
 from pyrewrite.generators.base import Generator
 from pyrewrite.generators.loading import dcgan, genforce, mmgeneration, nvidia, progan, stylegan2, tensorflow
 from pyrewrite.generators.loading._content import checkpoint_kind
-from pyrewrite.generators.loading._names import Weights, find_weights
+from pyrewrite.generators.loading._names import Weights, find_weights, require_finite
 from pyrewrite.generators.loading._network_pickle import read_network_pickle
 from pyrewrite.generators.loading._safetensors_file import read_safetensors
 from pyrewrite.generators.loading._torch_file import read_torch_file
@@ -53,6 +53,8 @@ LAYOUTS = [
     Layout("PyTorch tutorial", "dcgan", dcgan.WHAT, dcgan.matching_names, dcgan.load),
 ]
 
+_REGISTERED: dict[str, Layout] = {}
+
 # Names that give away what else a file can be: (part of a name, what it is).
 _FOREIGN = (
     ("final_linear", "a discriminator of StyleGAN2, not a generator"),
@@ -60,6 +62,55 @@ _FOREIGN = (
     ("synthesis.L0_", "a StyleGAN3, which is not read here"),
     ("progression.", "a StyleGAN of the first generation, which is not read here"),
 )
+
+
+def register_family(
+    name: str,
+    *,
+    matches: Callable[[dict[str, Tensor]], int],
+    load: Callable[[dict[str, Tensor]], Generator],
+    what: str | None = None,
+    replace: bool = False,
+) -> None:
+    """Teach `load_generator` a family of your own, for this process.
+
+    name     of the family; it must be the `family` of what `load` makes
+    matches  tensors by name -> how many of the names are those of the family. Of all families, built in or not, the one
+             that knows most names of a file loads it; yours where as many are known.
+    load     tensors by name -> the generator, a subclass of `pyrewrite.generators.Generator`. KeyError, ValueError and
+             RuntimeError (as load_state_dict raises them) become a CheckpointMismatchError that names the file.
+    what     it is, for messages; the name where it is None
+    replace  whether a family that was registered under the name may be replaced
+
+    The tensors are those of the averaged generator where a file holds several, without what wrappers put before their
+    names. docs/generators.md has a complete example.
+    Raises ValueError for the name of a built-in family, or one that is taken; TypeError for what cannot be called.
+    """
+    if name in FAMILIES:
+        raise ValueError(f"{name!r} is a built-in family: choose another name than {', '.join(FAMILIES)}")
+    if name in _REGISTERED and not replace:
+        raise ValueError(f"a family {name!r} is registered already: replace=True replaces it")
+    if not callable(matches) or not callable(load):
+        raise TypeError("matches and load are functions of the tensors by name")
+    shown = what or name
+
+    def checked(weights: Weights, seed: int) -> Generator:
+        try:
+            generator = load(weights.tensors)
+        except (KeyError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointMismatchError(f"{weights.origin} is not a whole {shown}: {reason}") from error
+        if not isinstance(generator, Generator) or generator.family != name:
+            found = getattr(generator, "family", None)
+            raise TypeError(
+                f"load of the family {name!r} returned a {type(generator).__name__} of the family {found!r}; "
+                f"expected a Generator of the family {name!r}"
+            )
+        require_finite(generator, weights)
+        generator.notes[:0] = weights.notes
+        return generator
+
+    _REGISTERED[name] = Layout("registered", name, shown, matches, checked)
 
 
 def load_generator(
@@ -80,15 +131,17 @@ def load_generator(
     extension. A file that has the name of a bundled generator wins over it.
 
     truncation  StyleGAN2 only; see Generator.truncation
-    family      "stylegan2", "progan" or "dcgan" makes a file of another family an error; None takes what the file holds
+    family      "stylegan2", "progan", "dcgan" or a registered one makes a file of another family an error; None takes
+                what the file holds
     seed        for the noise of layers whose noise the file does not hold
 
     Raises FileNotFoundError, IsADirectoryError, CheckpointError (not a checkpoint, damaged, wrong names or shapes, NaN;
     always a ValueError that names the file) and ValueError for the other arguments. Nothing is loaded in part, and
     nothing of a file is run.
     """
-    if family is not None and family not in FAMILIES:
-        raise ValueError(f"family is one of {', '.join(FAMILIES)} or None, got {family!r}")
+    known = (*FAMILIES, *_REGISTERED)
+    if family is not None and family not in known:
+        raise ValueError(f"family is one of {', '.join(known)} or None, got {family!r}")
     if not math.isfinite(truncation):
         raise ValueError(f"truncation is a finite number, got {truncation}")
     path = _resolved(path_or_name)
@@ -124,10 +177,14 @@ def _resolved(path_or_name: str | os.PathLike) -> Path:
 
 
 def _layout(weights: Weights) -> Layout:
+    layouts = [*_REGISTERED.values(), *LAYOUTS]
+    scores = [layout.matches(weights.tensors) for layout in layouts]
+    best = layouts[scores.index(max(scores))]
+    if max(scores) and best in _REGISTERED.values():
+        return best
     for part, what in _FOREIGN:
         if any(part in name for name in weights.tensors):
             raise CheckpointMismatchError(f"{weights.origin} holds {what}")
-    scores = [layout.matches(weights.tensors) for layout in LAYOUTS]
     if not max(scores):
         shown = ", ".join(list(weights.tensors)[:8])
         raise CheckpointMismatchError(
@@ -136,4 +193,4 @@ def _layout(weights: Weights) -> Layout:
             "GAN: layer1.conv.weight, ...; DCGAN: main.0.weight, ...). "
             f"It holds {shown} ..."
         )
-    return LAYOUTS[scores.index(max(scores))]
+    return best

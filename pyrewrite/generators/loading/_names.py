@@ -157,6 +157,12 @@ def fill(generator: Generator, weights: Weights, what: str) -> None:
     with torch.no_grad():
         for name, tensor in state.items():
             tensor.copy_(weights.tensors[name])
+    require_finite(generator, weights)
+
+
+def require_finite(generator: Generator, weights: Weights) -> None:
+    """Raise NonFiniteWeightsError where float32 could not hold a weight, or what was made of it."""
+    state = generator.state_dict()
     overflow = [weights.shown(name) for name, tensor in state.items() if not tensor.isfinite().all()]
     if overflow:
         raise NonFiniteWeightsError(f"{weights.origin} holds weights beyond the range of float32: {_listed(overflow)}")
