@@ -14,6 +14,7 @@ import pickle
 import sys
 import types
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from generators_reference import upfirdn
@@ -196,6 +197,63 @@ class EasyDict(dict):
     __module__ = "dnnlib.util"
 
 
+# -- TensorFlow --------------------------------------------------------------------------------------------------------
+
+
+class Network:
+    """Pickles as the networks of their TensorFlow code do."""
+
+    __module__ = "dnnlib.tflib.network"
+
+    def __init__(self, name, variables, components=None, **settings):
+        source = {"build_module_src": "raise SystemExit('ran')", "build_func_name": "G_main"}
+        self.__dict__.update(
+            version=5, name=name, static_kwargs=EasyDict(settings), components=components or {}, **source,
+            variables=variables,
+        )  # fmt: skip
+
+
+def tensorflow_variables(state):
+    """A state in NVIDIA's PyTorch layout as TensorFlow's names and layouts, as their converter reads them back."""
+    variables, noise = {}, 0
+    for name, tensor in state.items():
+        array = tensor.numpy()
+        parts = name.split(".")
+        if name == "mapping.w_avg":
+            variables["dlatent_avg"] = array
+        elif parts[0] == "mapping":
+            layer = "LabelEmbed" if parts[1] == "embed" else f"Dense{parts[1][2:]}"
+            variables[f"mapping/{layer}/{parts[2]}"] = array.T if parts[2] == "weight" else array
+        elif parts[-1] != "resample_filter":
+            size = int(parts[1][1:])
+            block, layer = f"synthesis/{size}x{size}", parts[2]
+            if layer == "const":
+                variables[f"{block}/Const/const"] = array[None]
+                continue
+            theirs = {"conv0": "Conv0_up", "conv1": "Conv1" if size > 4 else "Conv", "torgb": "ToRGB"}[layer]
+            if parts[3] == "noise_const":
+                variables[f"synthesis/noise{noise}"] = array[None, None]
+                noise += 1
+            elif parts[3] == "affine":
+                new = array.T if parts[4] == "weight" else array - 1
+                variables[f"{block}/{theirs}/mod_{parts[4]}"] = new
+            elif parts[3] == "weight":
+                array = array.transpose(2, 3, 1, 0)
+                variables[f"{block}/{theirs}/weight"] = array[::-1, ::-1] if layer == "conv0" else array
+            else:
+                variables[f"{block}/{theirs}/{parts[3]}"] = array
+    return {name: np.ascontiguousarray(array) if array.ndim else np.float32(array) for name, array in variables.items()}
+
+
+def tensorflow_network(state, **settings):
+    """The tree of networks of a StyleGAN2 generator."""
+    variables = tensorflow_variables(state)
+    part = lambda name: [(n[len(name) + 1 :], v) for n, v in variables.items() if n.startswith(f"{name}/")]  # noqa: E731
+    parts = {name: Network(f"G_{name}", part(name), **settings) for name in ("synthesis", "mapping")}
+    own = [("lod", np.float32(0)), *((n, v) for n, v in variables.items() if "/" not in n)]
+    return Network("Gs", own, parts, **settings)
+
+
 @contextlib.contextmanager
 def their_modules():
     """The names that their pickles refer to, while one is written."""
@@ -210,6 +268,8 @@ def their_modules():
         "torch_utils.persistence": {"_reconstruct_persistent_obj": _reconstruct_persistent_obj},
         "dnnlib": {},
         "dnnlib.util": {"EasyDict": EasyDict},
+        "dnnlib.tflib": {},
+        "dnnlib.tflib.network": {"Network": Network},
     }
     kept = {name: sys.modules.get(name) for name in fakes}
     try:

@@ -47,6 +47,13 @@ LAYOUTS = [
     Layout("rosinality", "stylegan2", stylegan2.WHAT, stylegan2.matching_names, stylegan2.load),
     Layout("NVIDIA", "stylegan2", nvidia.WHAT, nvidia.matching_names, nvidia.load),
     Layout("GenForce", "stylegan2", genforce.STYLEGAN2, genforce.matching_stylegan2_names, genforce.load_stylegan2),
+    Layout(
+        "TensorFlow",
+        "stylegan2",
+        tensorflow.STYLEGAN2,
+        tensorflow.matching_stylegan2_names,
+        tensorflow.load_stylegan2,
+    ),
     Layout("official", "progan", progan.WHAT, progan.matching_names, lambda weights, seed: progan.load(weights)),
     Layout("GenForce", "progan", genforce.PGGAN, genforce.matching_pggan_names, genforce.load_pggan),
     Layout("TensorFlow", "progan", tensorflow.WHAT, tensorflow.matching_names, tensorflow.load),

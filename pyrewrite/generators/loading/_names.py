@@ -14,7 +14,7 @@ from pyrewrite.generators.base import Generator
 from pyrewrite.generators.loading._plain_arrays import PlainArray
 
 # Names under which files keep a generator, the averaged copy before the trained one.
-_AVERAGED = ("g_ema", "G_ema", "generator_ema", "generator_smooth", "netG_ema", "ema", "params_ema")
+_AVERAGED = ("g_ema", "G_ema", "generator_ema", "generator_smooth", "netG_ema", "Gs", "ema", "params_ema")
 _GENERATORS = (
     *("g", "G", "generator", "netG", "gen", "modelG"),
     *(f"{name}_state_dict" for name in ("g", "G", "generator", "netG", "gen", "modelG")),

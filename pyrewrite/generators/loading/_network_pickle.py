@@ -1,4 +1,4 @@
-"""Reading pickles of whole networks, as NVIDIA's StyleGAN2-ADA and StyleGAN3 repositories write them.
+"""Reading pickles of whole networks, as NVIDIA's repositories write them: PyTorch's, and TensorFlow's before them.
 
 Such a file holds persistent objects: the source text of a module, the name of a class in it, and the object's state.
 The source is never executed here, nor anything else of the file: the state is all that is wanted. Names that may stand
@@ -71,6 +71,10 @@ class NetworkState:
         self.state = state
 
 
+class TensorFlowNetwork(NetworkState):
+    """Stands in for a network of NVIDIA's TensorFlow code, whose state is names and arrays, and networks within it."""
+
+
 class _Array(PlainArray):
     set_state = PlainArray.__setstate__
 
@@ -107,8 +111,8 @@ def read_network_pickle(path: Path) -> dict[str, Any]:
         content = _flat_networks(content)
     except PickleRefused as error:
         raise NotACheckpointError(
-            f"{str(path)!r} is a Python pickle that holds {error}: only networks of the StyleGAN2-ADA and StyleGAN3 "
-            "layout, tensors, numbers, text and plain arrays are read from pickles, and nothing in one is run"
+            f"{str(path)!r} is a Python pickle that holds {error}: only networks as NVIDIA's repositories write them, "
+            "tensors, numbers, text and plain arrays are read from pickles, and nothing in one is run"
         ) from error
     except (PickleDamaged, RecursionError) as error:
         raise DamagedCheckpointError(
@@ -163,6 +167,8 @@ def _allowed(budget: Budget) -> Callable[[str, str], Named]:
         ("torch", "Size"): (tuple, None),
         ("collections", "OrderedDict"): (_ordered, Items),
         ("dnnlib.util", "EasyDict"): (_ordered, Items),
+        ("dnnlib.tflib.network", "Network"): (None, lambda: TensorFlowNetwork("Network")),
+        ("tfutil", "Network"): (None, lambda: TensorFlowNetwork("Network")),
         ("argparse", "Namespace"): (None, Inert),
         ("_codecs", "encode"): (encoded, None),
         ("numpy", "ndarray"): (None, None),
@@ -291,7 +297,9 @@ def _parameter(data: Any, *_: Any) -> Tensor:
 
 
 def _flat_networks(content: Any) -> Any:
-    """Networks at the top of the file, or in its dict, as dicts of names."""
+    """Networks at the top of the file, or in its dict or tuple, as dicts of names."""
+    if type(content) is tuple and len(content) == 3 and all(isinstance(n, TensorFlowNetwork) for n in content):
+        content = dict(zip(("G", "D", "Gs"), content, strict=True))
     if isinstance(content, NetworkState):
         return flat(content)
     if isinstance(content, dict):
@@ -305,9 +313,16 @@ def flat(network: NetworkState) -> dict[str, Any]:
     waiting, seen = [("", network, 0)], 0
     while waiting:
         prefix, module, depth = waiting.pop()
+        if not isinstance(module, NetworkState):
+            raise PickleRefused(f"a {type(module).__name__} within a network, expected a network")
         seen += 1
         if seen > MAX_MODULES or depth > MAX_DEPTH:
             raise PickleRefused(f"a network of more than {MAX_MODULES} parts or nested deeper than {MAX_DEPTH}")
+        if isinstance(module, TensorFlowNetwork):
+            found |= {f"{prefix}{name}": value for name, value in _variables(module)}
+            parts = _entries(module, "components")
+            waiting += [(f"{prefix}{name}/", part, depth + 1) for name, part in reversed(parts)]
+            continue
         for kind in ("_parameters", "_buffers"):
             for name, value in _entries(module, kind):
                 if isinstance(value, Tensor):
@@ -318,6 +333,24 @@ def flat(network: NetworkState) -> dict[str, Any]:
         children = [item for item in _entries(module, "_modules") if isinstance(item[1], NetworkState)]
         waiting += [(f"{prefix}{name}.", child, depth + 1) for name, child in reversed(children)]
     return found
+
+
+def _variables(module: TensorFlowNetwork) -> list[tuple[str, Any]]:
+    """Names and tensors, and the settings that decide how they are used."""
+    variables = module.state.get("variables") or []
+    found = []
+    for pair in variables if isinstance(variables, list) else [variables]:
+        if type(pair) is not tuple or len(pair) != 2 or type(pair[0]) is not str:
+            raise PickleRefused(f"a network whose variables are a {type(pair).__name__}, expected names and arrays")
+        name, value = pair
+        if isinstance(value, PlainArray):
+            found.append((name, torch.from_numpy(value.array)))
+        elif type(value) in (int, float):
+            found.append((name, torch.tensor(float(value))))
+        else:
+            raise PickleRefused(f"a variable {name} that is a {type(value).__name__}, expected an array")
+    settings = _entries(module, "static_kwargs")
+    return found + [item for item in settings if type(item[1]) in (str, int, float, bool, list)]
 
 
 def _entries(module: NetworkState, kind: str) -> list[tuple[str, Any]]:
