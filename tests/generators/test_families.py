@@ -1,6 +1,8 @@
 """Each family's files give the same images as its published definition, whatever the layout calls the weights."""
 
 import copy
+import sys
+import types
 from pathlib import Path
 
 import families_reference as reference
@@ -139,6 +141,21 @@ def test_mmgeneration(save, shape):
     # mmagic can keep the mean latent.
     generator = load_generator(save({**state, "w_avg": torch.ones(6)}))
     assert torch.equal(generator.latent_avg, torch.ones(6))
+
+
+def test_logs_of_mmengine_beside_the_weights(save, monkeypatch):
+    class HistoryBuffer:
+        def __init__(self):
+            self._log_history, self._max_length = np.arange(4.0), 10
+
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = "mmengine.logging.history_buffer", "HistoryBuffer"
+    for name in ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["mmengine.logging.history_buffer"].HistoryBuffer = HistoryBuffer
+    state = {f"generator_ema.{name}": tensor for name, tensor in reference.mmgeneration_state().items()}
+    path = save({"state_dict": state, "message_hub": {"log_scalars": {"loss": HistoryBuffer()}}})
+    monkeypatch.undo()
+    assert load_generator(path).layout == "mmgeneration"
 
 
 # -- DCGAN -------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import mmap
 import pickle
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,10 +30,10 @@ from pyrewrite.generators.loading._pickle_machine import (
     PickleRefused,
 )
 from pyrewrite.generators.loading._plain_arrays import DType, PlainArray, plain_array, plain_scalar
+from pyrewrite.generators.loading._torch_file import LOCK
 
 MAX_MODULES = 20_000
 MAX_DEPTH = 40
-_LOCK = threading.Lock()  # warnings are filtered for the whole process
 
 # Bytes an element; the names under which torch stores typed memory.
 _STORAGES = {
@@ -102,7 +101,7 @@ def read_network_pickle(path: Path) -> dict[str, Any]:
     """
     size = path.stat().st_size
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, _LOCK:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, LOCK:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's about typed storages
                 content, end = PickleMachine(data, _allowed(Budget(2 * size))).read()

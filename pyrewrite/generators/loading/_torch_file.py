@@ -1,8 +1,8 @@
 """Reading torch checkpoints without running anything that they hold.
 
-Only `torch.load(weights_only=True)`, with three harmless additions: the options of a training script
-(argparse.Namespace, read into an inert object), NumPy scalars and NumPy arrays of plain numbers (read into our own
-types; arrays of objects are refused).
+Only `torch.load(weights_only=True)`, with harmless additions: the options of a training script and mmengine's logs
+(read into an inert object), NumPy scalars and NumPy arrays of plain numbers (read into our own types; arrays of objects
+are refused).
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from pyrewrite.errors import CheckpointError, DamagedCheckpointError
 from pyrewrite.generators.loading._pickle_machine import Inert, Named, PickleDamaged, PickleMachine, PickleRefused
 from pyrewrite.generators.loading._plain_arrays import DType, PlainArray, empty_array, plain_scalar
 
-_LOCK = threading.Lock()  # torch keeps its list of safe names for the whole process
+LOCK = threading.Lock()  # torch keeps its list of safe names, and Python its filters of warnings, for the whole process
 
 
 class Options(argparse.Namespace):
-    """Stands in for argparse.Namespace."""
+    """Stands in for argparse.Namespace, and for the logs that mmengine keeps in its checkpoints."""
 
 
 _HARMLESS = [
     (Options, "argparse.Namespace"),
+    (Options, "mmengine.logging.history_buffer.HistoryBuffer"),
     (PlainArray, "numpy.ndarray"),
     (DType, "numpy.dtype"),
     *(
@@ -56,7 +57,7 @@ def read_torch_file(path: Path) -> Any:
     try:
         _look_through(path, size)
         # torch warns about protocols, TorchScript and storages here; what matters of it becomes an error or nothing.
-        with _LOCK, torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+        with LOCK, torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except PickleRefused as error:
@@ -86,7 +87,9 @@ def _look_through(path: Path, size: int) -> None:
     torch's own reader, which decides what may be named, is not made to withstand all of them: keys that take for ever
     to hash, say, or memory as declared in a header.
     """
-    if zipfile.is_zipfile(path):
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # as torch decides it, whatever else the file may be
+    if zipped:
         with zipfile.ZipFile(path) as archive:
             pickled = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
             info = archive.getinfo(pickled[0])
