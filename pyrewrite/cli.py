@@ -31,7 +31,7 @@ class Commands(click.Group):
         except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
-            click.echo("stopped; nothing was written", err=True)
+            click.echo("stopped; every file is whole or as it was", err=True)
             ctx.exit(130)
 
 
@@ -204,6 +204,7 @@ def _settings_options(command):
         click.option("--key-method", type=click.Choice(["zca", "mean", "svd", "gandissect"])),
         click.option("--preserve", type=float, help="Weight of the penalty on change elsewhere."),
         click.option("--shrinkage", type=float, help="Between whitening (0) and none (large)."),
+        click.option("--margin", type=int, help="Pixels of the layer's map around the object that stay as they are."),
         click.option("--steps", type=int),
         click.option("--lr", type=float),
     ]

@@ -74,6 +74,11 @@ Status check(const InsertionParams& p) {
     if (p.shapes[2 * b] <= 0 || size != std::int64_t(p.shapes[2 * b]) * p.shapes[2 * b + 1])
       return Status::error(Status::kInvalid, "insertion: target %d of %d x %d does not have %lld pixels", b,
                            p.shapes[2 * b], p.shapes[2 * b + 1], static_cast<long long>(size));
+    if (p.shapes[2 * b] > kMostSide || p.shapes[2 * b + 1] > kMostSide)
+      return Status::error(Status::kUnsupported,
+                           "insertion: target %d is %d x %d; the CUDA kernel takes sides up to %d, impl='torch' larger "
+                           "ones",
+                           b, p.shapes[2 * b], p.shapes[2 * b + 1], kMostSide);
   }
   return {};
 }

@@ -9,6 +9,7 @@
 namespace pyrewrite {
 
 constexpr int kMostTargets = 128;  // their places are kernel parameters
+constexpr int kMostSide = 32767;   // of a target: its sizes are kept as shorts
 
 // The problem as a kernel sees it; fields as in InsertionParams, all pointers the device's.
 struct InsertionProblem {

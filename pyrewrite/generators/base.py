@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import numbers as number_types
+import os
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,23 +74,41 @@ def side_by_side(run: Callable[[int], Any], count: int) -> list[Any]:
     """[run(0), ..., run(count - 1)], on a CPU as many at once as torch has threads, each on one of them.
 
     Images that run one by one are independent: that scales better than all threads at each small map, where they wait
-    for each other after every operation.
+    for each other after every operation. Under autocast, which belongs to a thread, they run in this one.
     """
     threads = min(torch.get_num_threads(), count)
-    if threads < 2:
+    if threads < 2 or torch.is_autocast_enabled("cpu"):
         return [run(number) for number in range(count)]
-    before, grad = torch.get_num_threads(), torch.is_grad_enabled()  # the grad mode belongs to a thread
+    grad = torch.is_grad_enabled()  # belongs to a thread too
 
     def one(number: int) -> Any:
-        torch.set_num_threads(1)
         with torch.set_grad_enabled(grad):
             return run(number)
 
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(one, range(count)))
-    finally:
-        torch.set_num_threads(before)  # what threads that are yet to come take over
+    return list(_workers(torch.get_num_threads(), os.getpid()).map(one, range(count)))
+
+
+def _on_one_thread() -> None:
+    torch.get_num_threads()  # a thread's first call takes torch's default over, so it comes before the setting
+    torch.set_num_threads(1)
+
+
+_starting = threading.Lock()
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+
+
+def _workers(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads on which torch runs one thread each. They are kept: torch's setting is also what threads that have yet
+    to call torch begin with, so it is changed once and put back at once. process: a fork has none of the threads.
+    """
+    with _starting:
+        if (threads, process) not in _pools:
+            pool = ThreadPoolExecutor(threads, initializer=_on_one_thread)
+            together = threading.Barrier(threads)
+            list(pool.map(lambda _: together.wait(), range(threads)))  # all of them are there
+            torch.set_num_threads(threads)
+            _pools[threads, process] = pool
+        return _pools[threads, process]
 
 
 class Generator(EditableNetwork):

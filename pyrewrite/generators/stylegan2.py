@@ -389,6 +389,10 @@ class StyleGAN2(Generator):
         drawn = torch.randn(count, 1, *size, device=self.device, dtype=self.dtype)
         return drawn * self._styled(index).noise.weight
 
+    def _one_by_one(self, index: int) -> bool:
+        # Random noise comes from one stream: images side by side would take from it in any order.
+        return self._noise_mode != "random" and super()._one_by_one(index)
+
     def _require_fixed_noise(self) -> None:
         if self._noise_mode == "random":
             raise ValueError("noise_mode is 'random': statistics and edits need the same noise each time, set 'fixed'")

@@ -253,7 +253,8 @@ class Rewriter:
             raise ValueError(f"the patch changes {names}; expected one of {self.layer}")
         g = self.generator
         with patch.applied(g):
-            return torch.cat([g.finish(self.layer, a, g.value(self.layer, a)) for a in activations])
+            images = [g.finish(self.layer, a, g.value(self.layer, a)) for a in activations]
+        return torch.cat(images) if images else self._no_images()
 
     @torch.no_grad()
     def pasted(
@@ -281,9 +282,13 @@ class Rewriter:
         shown = torch.nn.functional.interpolate(
             alpha[None, None], self._image_size, mode="bilinear", align_corners=False
         )
-        return torch.cat(images), shown[0, 0]
+        return torch.cat(images) if images else self._no_images(), shown[0, 0]
 
     # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _no_images(self) -> Tensor:
+        g = self.generator
+        return torch.empty(0, g.image_channels, *self._image_size, dtype=g.dtype, device=g.device)
 
     @property
     def _image_size(self) -> tuple[int, int]:

@@ -110,8 +110,11 @@ def scan_keys(
     seed: int,
     batch_size: int | None = None,
     progress: Progress | bool | None = None,
+    latents: Tensor | None = None,
 ) -> tuple[object, int]:
     """Run images `first` to samples - 1 up to a layer: ``state = begin()``, then ``add(state, number, keys)`` a batch.
+
+    latents: theirs, where they are at hand: drawing them takes as long as all before them.
 
     keys: B x I x h x w, finite. Returns the state and the batch size. Where memory runs out, everything starts again
     from `begin()` with half the batch size: an accumulator that failed half-way through a batch is not to be trusted.
@@ -119,7 +122,8 @@ def scan_keys(
     check_count("samples", samples)
     if batch_size is not None:
         check_count("batch_size", batch_size)
-    latents = generator.latents(range(first, samples), seed=seed)  # images x z
+    if latents is None:
+        latents = generator.latents(range(first, samples), seed=seed)  # images x z
     total = len(latents)
     size = min(total, batch_size or batch_size_by_memory(generator, layer))
     while True:

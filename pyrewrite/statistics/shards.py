@@ -1,8 +1,8 @@
 """One layer's second moment, collected by the processes of a torch.distributed group, in shards that survive a crash.
 
 The images are cut into shards of SHARD images. Every process computes its share of them and keeps each on disk as it
-is done, so that a run that was killed goes on from there, also with another number of processes. A shard is computed
-in the same batches by whoever does it: the result differs from one process's by the order of float64 additions only.
+is done, so that a run that was killed goes on from there, also with another number of processes. On one kind of device
+the result differs from one process's by the order of float64 additions only.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 import warnings
+from datetime import timedelta
 from os import PathLike
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from pyrewrite.statistics.collect import LayerStatistics, Progress, batch_size_b
 from pyrewrite.statistics.second_moment import DAMAGED_FILE, SecondMoment, open_npz, read_member
 
 SHARD = 64  # images
+_PATIENCE = timedelta(days=7)  # a process that is done waits for the slowest
 
 
 def collect_shared(
@@ -41,14 +43,16 @@ def collect_shared(
 ) -> LayerStatistics:
     """`collect` by all processes of a group together; every one returns the whole. Without quantiles.
 
-    group: an initialised torch.distributed group (default: the world). cache_dir: as for `collect`; a folder that the
-    processes share lets any of them take over another's finished shards. progress: shown by the first process.
+    group: an initialised torch.distributed group (default: the world). Its timeout must be longer than the slowest
+    process's share takes. cache_dir: as for `collect`; in a folder that the processes share any of them takes over
+    another's finished shards. progress: of the first process's share.
 
-    RuntimeError, naming the images, when a shard is missing or was counted twice. Other errors as `collect`.
+    RuntimeError, naming the images, when a shard is missing or was counted twice, and in every process when another
+    one failed. Other errors as `collect`.
     """
     check_count("samples", samples)
     start = time.perf_counter()
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    rank = dist.get_rank(group)
     info = generator.layers[layer]
     pixels = info.key_pixels
     cache = None if cache_dir is False else StatisticsCache(None if cache_dir is True else cache_dir)
@@ -60,39 +64,72 @@ def collect_shared(
         return LayerStatistics(found[0], None, samples, seed, True, time.perf_counter() - start, None)
 
     shards = [(first, min(first + SHARD, samples)) for first in range(0, samples, SHARD)]
-    own = shards[rank::world]
     folder = None if cache is None else cache.path(key).with_suffix(".shards")
-    size = min(SHARD, batch_size_by_memory(generator, layer))
+    own = _shares(_gathered(_finished(folder, shards), group), shards)[rank]
+    size = min(_gathered(min(SHARD, batch_size_by_memory(generator, layer)), group))
     moment = SecondMoment(info.in_channels, device=generator.device, precision=precision)
-    counted = []
-    with report(progress if rank == 0 else None, len(own), f"shards of {layer}") as advance:
-        for number, (first, last) in enumerate(own):
-            shard = None if folder is None else _read(folder, key, first, last, info.in_channels, pixels)
-            if shard is None:
-                shard, _ = scan_keys(
-                    generator,
-                    layer,
-                    lambda: SecondMoment(info.in_channels, device=generator.device, precision=precision),
-                    lambda state, _, keys: state.add(keys),
-                    first=first,
-                    samples=last,
-                    seed=seed,
-                    batch_size=size,
-                )
-                if folder is not None:
-                    _write(folder, key, first, last, shard)
-            moment.merge(shard)
-            counted.append((first, last, shard.count))
-            advance(number + 1)
-    _require_each_once(shards, [c for part in _gathered(counted, group) for c in part], pixels)
+    counted: list[tuple[int, int, int]] = []
+    failed: Exception | None = None
+    try:
+        latents = generator.latents([n for shard in own for n in range(*shard)], seed=seed)  # images x z
+        at, images = 0, sum(last - first for first, last in own)
+        with report(progress if rank == 0 else None, images, f"keys of {layer}, this process") as advance:
+            for first, last in own:
+                shard = None if folder is None else _read(folder, key, first, last, info.in_channels, pixels)
+                if shard is None:
+                    shard, _ = scan_keys(
+                        generator,
+                        layer,
+                        lambda: SecondMoment(info.in_channels, device=generator.device, precision=precision),
+                        lambda state, _, keys: state.add(keys),
+                        first=first,
+                        samples=last,
+                        seed=seed,
+                        batch_size=size,
+                        latents=latents[at : at + last - first],
+                    )
+                    if folder is not None:
+                        _write(folder, key, first, last, shard)
+                moment.merge(shard)
+                counted.append((first, last, shard.count))
+                at += last - first
+                advance(at)
+    except Exception as error:
+        failed = error  # raised below: the others wait for this process's answer
+    answers = _gathered((counted, failed and f"{type(failed).__name__}: {failed}"), group)
+    if failed is not None:
+        raise failed
+    for other, (_, text) in enumerate(answers):
+        if text is not None:
+            raise RuntimeError(f"process {other} failed: {text}")
+    _require_each_once(shards, [c for part, _ in answers for c in part], pixels)
     moment.all_reduce(group)
     if moment.count != samples * pixels:
         raise RuntimeError(f"{layer}: the processes counted {moment.count} keys, expected {samples * pixels}")
     if cache is not None and rank == 0:
         cache.write(key, moment, None)
+    _gathered(None, group)
+    if cache is not None:
+        if not cache.path(key).exists():  # a folder that the first process does not share
+            cache.write(key, moment, None)
         shutil.rmtree(folder, ignore_errors=True)
     _gathered(None, group)  # nobody looks for the file before it is there
     return LayerStatistics(moment, None, samples, seed, False, time.perf_counter() - start, size)
+
+
+def _finished(folder: Path | None, shards: list[tuple[int, int]]) -> set[tuple[int, int]]:
+    """The shards that lie in this process's folder."""
+    return set() if folder is None else {shard for shard in shards if _path(folder, *shard).exists()}
+
+
+def _shares(finished: list[set[tuple[int, int]]], shards: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Every process's shards: those that it or another has finished go to one that has them, the rest round robin."""
+    world = len(finished)
+    owners = {shard: [rank for rank in range(world) if shard in finished[rank]] for shard in shards}
+    missing = [shard for shard in shards if not owners[shard]]
+    owner = {shard: number % world for number, shard in enumerate(missing)}
+    owner |= {shard: ranks[number % len(ranks)] for number, (shard, ranks) in enumerate(owners.items()) if ranks}
+    return [[shard for shard in shards if owner[shard] == rank] for rank in range(world)]
 
 
 def _gathered(value: object, group: dist.ProcessGroup | None) -> list:
@@ -116,13 +153,17 @@ def _require_each_once(shards: list[tuple[int, int]], counted: list[tuple[int, i
             raise RuntimeError(f"images {first} to {last - 1} were counted {times} times, expected once")
 
 
+def _path(folder: Path, first: int, last: int) -> Path:
+    return folder / f"{first}-{last}.npz"
+
+
 def _shard_key(key: str, first: int, last: int) -> str:
     return json.dumps({**json.loads(key), "first": first, "last": last}, sort_keys=True)
 
 
 def _read(folder: Path, key: str, first: int, last: int, d: int, pixels: int) -> SecondMoment | None:
     """A finished shard; None where there is none, or with a RuntimeWarning one that cannot be trusted."""
-    path = folder / f"{first}-{last}.npz"
+    path = _path(folder, first, last)
     if not path.exists():
         return None
     try:
@@ -144,7 +185,7 @@ def _write(folder: Path, key: str, first: int, last: int, shard: SecondMoment) -
     arrays = {"key": np.array(_shard_key(key, first, last)), **shard.arrays()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"{first}-{last}.npz", lambda file: np.savez(file, **arrays))
+        write_atomically(_path(folder, first, last), lambda file: np.savez(file, **arrays))
     except OSError as error:
         warnings.warn(f"the shard could not be kept: {error}", RuntimeWarning, stacklevel=3)
 
@@ -154,7 +195,7 @@ def join_group(device: str) -> str:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(local)
-        dist.init_process_group("nccl")
+        dist.init_process_group("nccl", timeout=_PATIENCE)
         return f"cuda:{local}"
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=_PATIENCE)
     return device

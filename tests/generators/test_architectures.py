@@ -1,6 +1,7 @@
 """Images, keys and values against the published architectures in float64, at every layer."""
 
 import copy
+import threading
 
 import generators_reference as reference
 import numpy as np
@@ -353,6 +354,14 @@ def test_images_side_by_side(small):
         with pytest.raises(ZeroDivisionError):
             side_by_side(lambda n: 1 // n, 4)
         assert torch.get_num_threads() == 3
+        # a thread that comes to torch later has torch's default, not the workers' one thread
+        seen = []
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert seen == [3]
+        with torch.autocast("cpu"):
+            assert side_by_side(lambda n: torch.is_autocast_enabled("cpu"), 3) == [True] * 3
         several = small.images(range(5))
         torch.set_num_threads(1)
         torch.testing.assert_close(small.images(range(5)), several, rtol=0, atol=1e-5)

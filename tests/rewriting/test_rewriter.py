@@ -127,6 +127,7 @@ def test_images_from_kept_activations(rewriters, edit):
         again, same_alpha = rw.pasted(record, activations)
         assert torch.equal(by_number, again)
         assert torch.equal(alpha, same_alpha)
+        assert rw.rendered([], patch).shape == rw.pasted(record, [])[0].shape == (0, 3, *images.shape[2:])
     other = rewriters("peeps", "layer4").zero(edit(128))
     with pytest.raises(ValueError, match="the patch changes layer4; expected one of layer5"):
         rewriters("peeps", "layer5").rendered([], other)

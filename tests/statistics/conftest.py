@@ -11,7 +11,9 @@ class TinyGenerator:
     """What statistics need of a generator: one layer of `d` channels, 5 x 5 pixels, whose keys are a matrix times z."""
 
     def __init__(self, d: int = 6, seed: int = 0) -> None:
-        self.layers = {"layer2": SimpleNamespace(in_channels=d, out_channels=d, key_resolution=5, resolution=5)}
+        self.layers = {
+            "layer2": SimpleNamespace(in_channels=d, out_channels=d, key_resolution=5, key_pixels=25, resolution=5)
+        }
         self.weight = torch.randn(d * 25, 4, generator=torch.Generator().manual_seed(seed))
         self.truncation, self.device = 1.0, torch.device("cpu")
         self.runs: list[int] = []  # batch sizes of all calls of `keys`

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from pyrewrite.errors import NonFiniteError
 from pyrewrite.statistics import collect, collect_shared, shards
 
 
@@ -24,9 +25,9 @@ def alone(tmp_path, monkeypatch):
     torch.distributed.destroy_process_group()
 
 
-def stop_after(shard: int):
+def stop_after(images: int):
     def progress(done: int, total: int) -> None:
-        if done == shard:
+        if done == images:
             raise KeyboardInterrupt
 
     return progress
@@ -66,7 +67,7 @@ def test_processes_share_the_work(processes, tmp_path):
 
 def test_a_killed_run_goes_on(alone, tiny):
     with pytest.raises(KeyboardInterrupt):
-        collect_shared(tiny, "layer2", samples=10, cache_dir=alone, progress=stop_after(2))
+        collect_shared(tiny, "layer2", samples=10, cache_dir=alone, progress=stop_after(8))
     assert tiny.runs == [4, 4]
     assert len(list(alone.rglob("*.npz"))) == 2
     found = collect_shared(tiny, "layer2", samples=10, cache_dir=alone)
@@ -82,7 +83,7 @@ def test_a_killed_run_goes_on(alone, tiny):
 
 def test_a_shard_in_the_place_of_another_is_computed_again(alone, tiny):
     with pytest.raises(KeyboardInterrupt):
-        collect_shared(tiny, "layer2", samples=12, cache_dir=alone, progress=stop_after(2))
+        collect_shared(tiny, "layer2", samples=12, cache_dir=alone, progress=stop_after(8))
     (folder,) = alone.iterdir()
     shutil.copy(folder / "0-4.npz", folder / "4-8.npz")
     (folder / "0-4.npz").write_bytes(b"PK\x03\x04 cut off")
@@ -101,6 +102,36 @@ def test_without_a_cache_folder(alone, tiny):
     alone.write_text("a file where the folder should be")
     with pytest.warns(RuntimeWarning, match="could not be kept"):
         assert collect_shared(tiny, "layer2", samples=5, cache_dir=alone).moment.count == 5 * 25
+
+
+def test_an_error_reaches_every_process(alone, tiny, monkeypatch):
+    tiny.poison = {5}
+    with pytest.raises(NonFiniteError, match="image 5"):
+        collect_shared(tiny, "layer2", samples=10, cache_dir=False)
+    gathered = shards._gathered
+
+    def with_another(value, group):
+        """As if a second process had failed."""
+        return (
+            [*gathered(value, group), ([], "NonFiniteError: image 7")]
+            if type(value) is tuple
+            else gathered(value, group)
+        )
+
+    tiny.poison = set()
+    monkeypatch.setattr(shards, "_gathered", with_another)
+    with pytest.raises(RuntimeError, match="process 1 failed: NonFiniteError: image 7"):
+        collect_shared(tiny, "layer2", samples=10, cache_dir=False)
+
+
+def test_only_missing_shards_are_shared_out():
+    every = [(0, 4), (4, 8), (8, 12), (12, 16), (16, 20)]
+    assert shards._shares([set(), set()], every) == [[(0, 4), (8, 12), (16, 20)], [(4, 8), (12, 16)]]
+    # the first process has finished all of its own: the rest is for both
+    parts = shards._shares([{(0, 4), (8, 12), (16, 20)}, set()], every)
+    assert parts == [[(0, 4), (4, 8), (8, 12), (16, 20)], [(12, 16)]]
+    for seen in ([set(every), set(every)], [set(every), set()], [set()] * 3):
+        assert sorted(s for part in shards._shares(seen, every) for s in part) == every
 
 
 @pytest.mark.parametrize(
