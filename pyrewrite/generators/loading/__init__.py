@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrewrite.errors import CheckpointMismatchError
+from pyrewrite.errors import CheckpointError, CheckpointMismatchError
 from pyrewrite.generators.base import Generator
 from pyrewrite.generators.loading import dcgan, genforce, mmgeneration, nvidia, progan, stylegan2, tensorflow
 from pyrewrite.generators.loading._content import checkpoint_kind
@@ -156,7 +156,14 @@ def load_generator(
     layout = _layout(weights)
     if family not in (None, layout.family):
         raise CheckpointMismatchError(f"{path} holds a {layout.what}, but family={family!r} was asked for")
-    generator = layout.load(weights, seed)
+    try:
+        generator = layout.load(weights, seed)
+    except CheckpointError:
+        raise
+    except (IndexError, KeyError, ValueError, RuntimeError) as error:
+        # Shapes that no layout foresees, such as a weight without any dimension.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise CheckpointMismatchError(f"{path} is not a whole {layout.what}: {reason}") from error
     generator.path, generator.layout = path, layout.name
     generator.truncation = truncation
     return generator.to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 from pyrewrite.errors import CheckpointError, DamagedCheckpointError, NotACheckpointError
@@ -124,10 +125,11 @@ def _refuse_tricks(path: Path, archive: zipfile.ZipFile, size: int) -> None:
         parts = name.replace("\\", "/").split("/")
         if ".." in parts or parts[0] == "" or ":" in parts[0]:
             raise CheckpointError(f"{str(path)!r} is a zip archive with a record {name!r}, which lies outside of it")
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    # Without regard to case, as torch looks records up.
+    twice = sorted(name for name, count in Counter(map(str.casefold, names)).items() if count > 1)
     if twice:
         raise CheckpointError(f"{str(path)!r} is a zip archive with two records {twice[0]!r}")
-    pickles = [name for name in names if name == "data.pkl" or name.endswith("/data.pkl")]
+    pickles = [name for name in names if name.casefold().rsplit("/", 1)[-1] == "data.pkl"]
     if len(pickles) > 1:
         raise CheckpointError(f"{str(path)!r} is a zip archive with several contents: {', '.join(pickles[:4])}")
     # torch stores without compression. A repacked file may be compressed, but trained weights hardly are compressible.

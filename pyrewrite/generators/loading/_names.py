@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,9 @@ from torch import Tensor
 from pyrewrite.errors import CheckpointMismatchError, NonFiniteWeightsError
 from pyrewrite.generators.base import Generator
 from pyrewrite.generators.loading._plain_arrays import PlainArray
+
+_MOST_WRAPPERS = 8
+_MOST_DIGITS = 5  # of a layer's number, or a resolution
 
 # Names under which files keep a generator, the averaged copy before the trained one.
 _AVERAGED = ("g_ema", "G_ema", "generator_ema", "generator_smooth", "netG_ema", "Gs", "ema", "params_ema")
@@ -61,6 +65,8 @@ def find_weights(content: Any, origin: str) -> Weights:
             notes.append(f"generator taken from {candidates[0]!r}; the file also holds {', '.join(map(repr, others))}")
         beside.update({name: value for name, value in content.items() if name != candidates[0] and name not in others})
         taken.append(candidates[0])
+        if len(taken) > _MOST_WRAPPERS:
+            raise CheckpointMismatchError(f"{origin} holds generators inside of generators: {' / '.join(taken)} / ...")
         content = content[candidates[0]]
     tensors = {}
     for name, value in content.items():
@@ -69,6 +75,7 @@ def find_weights(content: Any, origin: str) -> Weights:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             beside[str(name)] = value
             continue
+        _require_sane(origin, name, value)
         short = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
         if short in tensors:
             raise CheckpointMismatchError(f"{origin} holds {short!r} twice, once behind a wrapper's prefix")
@@ -78,6 +85,17 @@ def find_weights(content: Any, origin: str) -> Weights:
             f"{origin}{_inside(taken)} holds no tensors, only {_listed(map(str, content)) or 'nothing'}"
         )
     return Weights(origin, _of_one_network(tensors, notes), beside, notes)
+
+
+def _require_sane(origin: str, name: str, value: Tensor) -> None:
+    """CheckpointMismatchError for a number in a name, or a size, that would take all memory before it is noticed."""
+    if any(len(number) > _MOST_DIGITS for number in re.findall(r"\d+", name)):
+        raise CheckpointMismatchError(f"{origin} holds {name[:80]!r}: no generator has so many layers")
+    stored = value.untyped_storage().nbytes()
+    if value.numel() * value.element_size() > stored:
+        raise CheckpointMismatchError(
+            f"{origin} holds {name!r} of {tuple(value.shape)} in {stored} bytes: the same numbers again and again"
+        )
 
 
 def _of_one_network(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:

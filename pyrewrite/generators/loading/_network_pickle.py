@@ -33,6 +33,7 @@ from pyrewrite.generators.loading._plain_arrays import DType, PlainArray, plain_
 from pyrewrite.generators.loading._torch_file import LOCK
 
 MAX_MODULES = 20_000
+MAX_NAMES = 100_000
 MAX_DEPTH = 40
 
 # Bytes an element; the names under which torch stores typed memory.
@@ -136,6 +137,17 @@ def _allowed(budget: Budget) -> Callable[[str, str], Named]:
         budget.spend(len(text))
         return text.encode("latin-1")
 
+    def byte_array(data: Any = b"") -> bytes:
+        if type(data) not in (str, bytes):
+            raise PickleRefused(f"a bytearray of a {type(data).__name__}, expected bytes")
+        budget.spend(len(data))
+        return _stored_bytes(data)
+
+    def ordered(pairs: Any = ()) -> Items:
+        items = _ordered(pairs)
+        budget.spend(len(items))
+        return items
+
     def scalar(dtype: Any, data: Any) -> Any:
         return _plain(plain_scalar, dtype, _stored_bytes(data))
 
@@ -162,10 +174,10 @@ def _allowed(budget: Budget) -> Callable[[str, str], Named]:
         ("torch._utils", "_rebuild_tensor_v2"): (_tensor, None),
         ("torch._utils", "_rebuild_parameter"): (_parameter, None),
         ("torch.storage", "_load_from_bytes"): (lambda data: _storage(data, budget), None),
-        ("torch", "device"): (lambda *parts: ":".join(map(str, parts)), None),
-        ("torch", "Size"): (tuple, None),
-        ("collections", "OrderedDict"): (_ordered, Items),
-        ("dnnlib.util", "EasyDict"): (_ordered, Items),
+        ("torch", "device"): (_device, None),
+        ("torch", "Size"): (_size, None),
+        ("collections", "OrderedDict"): (ordered, Items),
+        ("dnnlib.util", "EasyDict"): (ordered, Items),
         ("dnnlib.tflib.network", "Network"): (None, lambda: TensorFlowNetwork("Network")),
         ("tfutil", "Network"): (None, lambda: TensorFlowNetwork("Network")),
         ("argparse", "Namespace"): (None, Inert),
@@ -176,7 +188,7 @@ def _allowed(budget: Budget) -> Callable[[str, str], Named]:
     for builtins in ("builtins", "__builtin__"):
         table[builtins, "set"] = (_set, None)
         table[builtins, "object"] = (None, None)
-        table[builtins, "bytearray"] = (lambda data=b"": _stored_bytes(data), None)
+        table[builtins, "bytearray"] = (byte_array, None)
     for copyreg in ("copyreg", "copy_reg"):
         table[copyreg, "_reconstructor"] = (new_object, None)
     for core in ("numpy.core", "numpy._core"):
@@ -213,6 +225,18 @@ def _stored_bytes(data: Any) -> bytes:
 
 def _module_maker(name: str) -> Callable[[], NetworkState]:
     return lambda: NetworkState(name)
+
+
+def _device(*parts: Any) -> str:
+    if len(parts) > 2 or any(type(part) not in (str, int) or len(str(part)) > 20 for part in parts):
+        raise PickleRefused("a torch.device that is not a name and a number")
+    return ":".join(map(str, parts))
+
+
+def _size(numbers: Any = ()) -> tuple[int, ...]:
+    if type(numbers) not in (tuple, list) or len(numbers) > 8 or any(type(number) is not int for number in numbers):
+        raise PickleRefused("a torch.Size that is not a few whole numbers")
+    return tuple(numbers)
 
 
 def _ordered(pairs: Any = ()) -> Items:
@@ -315,8 +339,10 @@ def flat(network: NetworkState) -> dict[str, Any]:
         if not isinstance(module, NetworkState):
             raise PickleRefused(f"a {type(module).__name__} within a network, expected a network")
         seen += 1
-        if seen > MAX_MODULES or depth > MAX_DEPTH:
-            raise PickleRefused(f"a network of more than {MAX_MODULES} parts or nested deeper than {MAX_DEPTH}")
+        if seen > MAX_MODULES or depth > MAX_DEPTH or len(found) > MAX_NAMES:
+            raise PickleRefused(
+                f"a network of more than {MAX_MODULES} parts or {MAX_NAMES} names, or nested deeper than {MAX_DEPTH}"
+            )
         if isinstance(module, TensorFlowNetwork):
             found |= {f"{prefix}{name}": value for name, value in _variables(module)}
             parts = _entries(module, "components")
