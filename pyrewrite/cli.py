@@ -17,6 +17,7 @@ FILE = click.argument("file", metavar="GENERATOR")
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...")
 TRUNCATION = click.option("--truncation", type=float, default=None, help="Pull latents towards the mean; 1 is off.")
 SEED = click.option("--seed", type=int, default=None, help="Seed of the numbered images.  [default: the edit's, or 1]")
+LABEL = click.option("--label", type=int, default=None, help="Class of all images, for a generator with class labels.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 CACHE = click.option("--cache", type=click.Path(file_okay=False), help="Folder of the statistics cache.")
 
@@ -136,6 +137,7 @@ def convert(file: str, out: str, as_json: bool) -> None:
 @click.option("--out", type=click.Path(dir_okay=False), help="Write the second moment as .npz (count, mom2).")
 @DEVICE
 @TRUNCATION
+@LABEL
 @SEED
 @CACHE
 @JSON
@@ -146,6 +148,7 @@ def stats(
     out: str | None,
     device: str,
     truncation: float | None,
+    label: int | None,
     seed: int | None,
     cache: str | None,
     as_json: bool,
@@ -165,14 +168,14 @@ def stats(
 
         device = join_group(device)
         try:
-            found = collect_shared(_load(file, device, truncation), layer, **settings)
+            found = collect_shared(_load(file, device, truncation, label), layer, **settings)
             first = torch.distributed.get_rank() == 0
         finally:
             torch.distributed.destroy_process_group()
         if not first:
             return
     else:
-        found = collect(_load(file, device, truncation), layer, **settings)
+        found = collect(_load(file, device, truncation, label), layer, **settings)
     eigenvalues = found.moment.matrix.cpu().double().numpy()
     import numpy as np
 
@@ -224,6 +227,7 @@ def _settings_options(command):
 @_settings_options
 @DEVICE
 @TRUNCATION
+@LABEL
 @SEED
 @CACHE
 @JSON
@@ -238,6 +242,7 @@ def solve(
     preset: str | None,
     device: str,
     truncation: float | None,
+    label: int | None,
     seed: int | None,
     cache: str | None,
     as_json: bool,
@@ -253,7 +258,7 @@ def solve(
         raise click.UsageError("the record does not name a layer: give --layer (see `pyrewrite info`)")
     chosen = record.resolve(preset)
     truncation = chosen.truncation if truncation is None else truncation
-    generator = _load(file, device, truncation)
+    generator = _load(file, device, truncation, label)
     rewriter = Rewriter(
         generator,
         layer,
@@ -309,6 +314,7 @@ def apply(file: str, patches: tuple[str, ...], out: str, strength: float, force:
 @click.option("--out", type=click.Path(dir_okay=False), required=True, help="The sheet, a .png file.")
 @DEVICE
 @TRUNCATION
+@LABEL
 @SEED
 def sample(
     file: str,
@@ -319,12 +325,13 @@ def sample(
     out: str,
     device: str,
     truncation: float | None,
+    label: int | None,
     seed: int | None,
 ) -> None:
     """Write a sheet of numbered images, with patches as pairs of before and after."""
     from .evaluation import contact_sheet
 
-    generator = _load(file, device, truncation)
+    generator = _load(file, device, truncation, label)
     numbers = parse_numbers(images)
     seed = 1 if seed is None else seed
     rows = [generator.images(numbers, seed)]
@@ -349,6 +356,7 @@ def sample(
 @click.option("--out", type=click.Path(dir_okay=False), help="Also write a sheet, a .png file.")
 @DEVICE
 @TRUNCATION
+@LABEL
 @SEED
 @JSON
 def evaluate(
@@ -362,13 +370,14 @@ def evaluate(
     out: str | None,
     device: str,
     truncation: float | None,
+    label: int | None,
     seed: int | None,
     as_json: bool,
 ) -> None:
     """Measure what patches change in numbered images."""
     from .evaluation.measure import measure_patches
 
-    generator = _load(file, device, truncation)
+    generator = _load(file, device, truncation, label)
     data = measure_patches(
         generator,
         _patches(patches, strength),
@@ -420,10 +429,13 @@ def parse_numbers(text: str) -> list[int]:
     return list(numbers)
 
 
-def _load(file: str, device: str, truncation: float | None):
+def _load(file: str, device: str, truncation: float | None, label: int | None = None):
     from .generators import load_generator
 
-    return load_generator(file, device=device, **({} if truncation is None else {"truncation": truncation}))
+    generator = load_generator(file, device=device, **({} if truncation is None else {"truncation": truncation}))
+    if label is not None:
+        generator.label = label
+    return generator
 
 
 def _patches(paths: tuple[str, ...], strength: float):

@@ -79,6 +79,21 @@ def test_info_names_the_generator_that_was_taken(run, tmp_path):
     assert "layout of the weights: NVIDIA" in text
 
 
+def test_class_labels(run, tmp_path):
+    state = nvidia.random_state(classes=3)
+    (tmp_path / "network.pkl").write_bytes(nvidia.dumps({"G_ema": nvidia.network(state, "")}))
+    assert json.loads(run("info", tmp_path / "network.pkl", "--json"))["classes"] == 3
+    sheets = []
+    for label in (0, 2):
+        run("sample", tmp_path / "network.pkl", "--images", "0-2", "--label", label, "--out", tmp_path / "s.png")
+        sheets.append((tmp_path / "s.png").read_bytes())
+    assert sheets[0] != sheets[1]
+    for name, label in (("network.pkl", 3), ("network.pkl", -1)):
+        text = run("stats", tmp_path / name, "layer4", "--samples", 2, "--label", label, fails=True)
+        assert "label is a class number from 0 to 2" in text
+    assert "no class labels" in run("stats", "peeps-progan", "layer4", "--label", 1, fails=True)
+
+
 def test_convert(run, tmp_path):
     (tmp_path / "network.pkl").write_bytes(nvidia.dumps({"G_ema": nvidia.network(nvidia.random_state(), "")}))
     expected = load_generator(tmp_path / "network.pkl").weights_hash()

@@ -57,11 +57,6 @@ class EditableLayer:
     key_size: tuple[int, int] | None = None
 
     @property
-    def key_pixels(self) -> int:
-        """How many keys one image gives."""
-        return self.key_resolution**2 if self.key_size is None else self.key_size[0] * self.key_size[1]
-
-    @property
     def weight(self) -> nn.Parameter:
         """Where the weight lives: 1 x O x I x k x k (StyleGAN2) or O x I x k x k (ProGAN). Change it in place."""
         return self.conv.weight

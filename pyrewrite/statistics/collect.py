@@ -20,7 +20,7 @@ from pyrewrite.statistics.quantiles import UnitQuantiles
 from pyrewrite.statistics.second_moment import SecondMoment
 
 if TYPE_CHECKING:
-    from pyrewrite.generators.base import Generator
+    from pyrewrite.generators.base import EditableLayer, Generator
 
 Progress = Callable[[int, int], object]  # (images done, images in all)
 
@@ -73,7 +73,7 @@ def collect(
     cache = None if cache_dir is False else StatisticsCache(None if cache_dir is True else cache_dir)
     if cache is not None:
         key = cache.key(generator, layer, samples=samples, seed=seed, precision=precision)
-        pixels = info.key_pixels
+        pixels = key_pixels(info)
         found = cache.read(
             key, d=info.in_channels, count=samples * pixels, device=generator.device, quantiles=quantiles
         )
@@ -156,11 +156,17 @@ def batch_size_by_memory(generator: Generator, layer: str) -> int:
     """How many images to run at a time: what a part of the free GPU memory holds, or of the caches on a CPU."""
     info = generator.layers[layer]
     # The widest maps on the way, in and out, several of them alive at once, float32.
-    per_image = 32 * (info.in_channels * info.key_pixels + info.out_channels * info.resolution**2)
+    per_image = 32 * (info.in_channels * key_pixels(info) + info.out_channels * info.resolution**2)
     if generator.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(generator.device)
         return max(1, min(256, free // 4 // per_image))
     return max(1, min(32, (1 << 26) // per_image))
+
+
+def key_pixels(layer: EditableLayer) -> int:
+    """How many keys one image gives at a layer; key_size is for maps that are not square."""
+    size = getattr(layer, "key_size", None)
+    return layer.key_resolution**2 if size is None else size[0] * size[1]
 
 
 def require_finite(keys: Tensor, layer: str, first: int) -> None:

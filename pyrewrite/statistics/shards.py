@@ -23,7 +23,15 @@ import torch.distributed as dist
 from pyrewrite._files import write_atomically
 from pyrewrite.generators.base import Generator
 from pyrewrite.statistics.cache import StatisticsCache
-from pyrewrite.statistics.collect import LayerStatistics, Progress, batch_size_by_memory, check_count, report, scan_keys
+from pyrewrite.statistics.collect import (
+    LayerStatistics,
+    Progress,
+    batch_size_by_memory,
+    check_count,
+    key_pixels,
+    report,
+    scan_keys,
+)
 from pyrewrite.statistics.second_moment import DAMAGED_FILE, SecondMoment, open_npz, read_member
 
 SHARD = 64  # images
@@ -54,7 +62,7 @@ def collect_shared(
     start = time.perf_counter()
     rank = dist.get_rank(group)
     info = generator.layers[layer]
-    pixels = info.key_pixels
+    pixels = key_pixels(info)
     cache = None if cache_dir is False else StatisticsCache(None if cache_dir is True else cache_dir)
     key = StatisticsCache.key(generator, layer, samples=samples, seed=seed, precision=precision)
     found = None

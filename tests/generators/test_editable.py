@@ -11,6 +11,7 @@ from torch import nn
 
 import pyrewrite as pr
 from pyrewrite.errors import UnknownLayerError
+from pyrewrite.statistics.collect import key_pixels
 
 
 class Classifier(nn.Module):
@@ -110,7 +111,7 @@ def test_keys_values_and_what_follows(which, request):
             assert torch.equal(captured.key.flatten(2), key.flatten(2))
             assert torch.equal(captured.value.flatten(2), value.flatten(2))
             assert torch.equal(g.keys(name, z), captured.key)
-            assert captured.key.shape[2] * captured.key.shape[3] == layer.key_pixels
+            assert captured.key.shape[2] * captured.key.shape[3] == key_pixels(layer)
             torch.testing.assert_close(g.value(name, captured), captured.value, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(g.finish(name, captured), truth)
             assert not torch.allclose(g.finish(name, captured, captured.value + 1), truth)
@@ -142,7 +143,7 @@ def test_edits_in_place(which, layer, method, request, tmp_path):
     original = copy.deepcopy(module)
     g = pr.as_editable(module, sample)
     rewriter = pr.Rewriter(g, layer, samples=len(sample), cache_dir=tmp_path, progress=False)
-    assert rewriter.moment.count == len(sample) * g.layers[layer].key_pixels
+    assert rewriter.moment.count == len(sample) * key_pixels(g.layers[layer])
     patch = rewriter.solve(edit(layer), rank=2, method=method, steps=61, lr=0.01, preserve=0.0, margin=0)
     assert patch.report.loss_after < patch.report.loss_before
     with torch.no_grad():
