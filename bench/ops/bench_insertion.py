@@ -9,84 +9,18 @@ best stock form. The baselines' times are those of fewer steps, scaled: a step c
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bench.insertion import low_rank_autograd, problem, published
 from pyrewrite.ops import ConvLayer, InsertionTarget, insert_low_rank, insert_projected, insertion_loss, solve_low_rank
-from pyrewrite.ops.insertion import prepare, target_loss
+from pyrewrite.ops.insertion import target_loss
 
 CHANNELS = 256
-SLOPE, GAIN = 0.2, math.sqrt(2)
-
-
-def problem(rank: int, count: int, height: int, width: int, channels: int = CHANNELS):
-    """A demodulated StyleGAN2 layer with 3 x 3 kernels, directions, and `count` targets of height x width."""
-    torch.manual_seed(0)
-    layer = ConvLayer(
-        torch.randn(channels, channels, 3, 3),
-        scale=1 / math.sqrt(channels * 9),
-        demodulate=True,
-        bias=0.1 * torch.randn(channels),
-        negative_slope=SLOPE,
-        gain=GAIN,
-    )
-    targets = [
-        InsertionTarget(
-            key=torch.randn(channels, height + 2, width + 2),
-            goal=torch.randn(channels, height, width),
-            style=torch.rand(channels) + 0.5,
-            noise=0.02 * torch.randn(height, width),
-        )
-        for _ in range(count)
-    ]
-    direction = torch.linalg.qr(torch.randn(channels, rank))[0].t().contiguous()
-    return layer, direction, targets
-
-
-def published(layer: ConvLayer, direction: Tensor, targets: list[InsertionTarget], steps: int) -> Tensor:
-    """Losses of Adam on Lambda, the whole weight under autograd. Targets share one batched convolution."""
-    lambda_ = torch.zeros(len(layer.weight), len(direction), 3, 3, requires_grad=True)
-    keys = torch.stack([t.key for t in targets])
-    goals = torch.stack([t.goal for t in targets])
-    square = torch.stack([t.style for t in targets]).square()  # B x I
-    shift = torch.stack([t.noise for t in targets])[:, None] + layer.bias[:, None, None]
-    optimizer = torch.optim.Adam([lambda_], lr=0.05)
-    losses = torch.zeros(steps)
-    for step in range(steps):
-        weight = layer.weight + torch.einsum("orhw,ri->oihw", lambda_, direction)
-        demod = torch.rsqrt(layer.scale**2 * (square @ weight.square().sum((2, 3)).t()) + 1e-8)
-        x = F.conv2d(keys, weight) * layer.scale * demod[:, :, None, None]
-        loss = F.l1_loss(F.leaky_relu(x + shift, SLOPE) * GAIN, goals)
-        losses[step] = loss.detach()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return losses
-
-
-def low_rank_autograd(layer: ConvLayer, direction: Tensor, targets: list[InsertionTarget], steps: int) -> Tensor:
-    """The same with conv(key, W0) and D key computed once, and the demodulation through its quadratic form."""
-    p = prepare(layer, direction, targets)
-    lambda_ = torch.zeros(len(p.base), len(p.keys), requires_grad=True)
-    optimizer = torch.optim.Adam([lambda_], lr=0.05)
-    losses = torch.zeros(steps)
-    pixels = p.base.shape[1] // len(targets)
-    for step in range(steps):
-        products = torch.matmul(p.gram[:, None], lambda_.unflatten(1, (p.rank, -1))).flatten(2)  # B x O x K
-        demod = (p.energy + ((2 * p.cross + products) * lambda_).sum(2)).rsqrt()  # B x O
-        x = torch.addmm(p.base, lambda_, p.keys) * demod.t().repeat_interleave(pixels, 1)
-        loss = F.l1_loss(F.leaky_relu(x + (p.noise + p.bias[:, None]), SLOPE) * GAIN, p.goal)
-        losses[step] = loss.detach()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return losses
 
 
 def published_projected(layer: ConvLayer, direction: Tensor, targets: list[InsertionTarget], steps: int) -> Tensor:
@@ -131,7 +65,7 @@ def report(benchmark, name: str, best: float, **baselines: float) -> None:
     ],
 )
 def test_low_rank(benchmark, name, rank, count, size, steps, sample, wanted):
-    layer, direction, targets = problem(rank, count, *size)
+    layer, direction, targets = problem(rank, count, *size, CHANNELS)
     result = insert_low_rank(layer, direction, targets, steps=sample)
     assert torch.allclose(result.losses.float(), published(layer, direction, targets, sample), rtol=2e-3)
     assert torch.allclose(result.losses.float(), low_rank_autograd(layer, direction, targets, sample), rtol=2e-3)
@@ -149,7 +83,7 @@ def test_low_rank(benchmark, name, rank, count, size, steps, sample, wanted):
 
 
 def test_closed_form(benchmark):
-    layer, direction, targets = problem(30, 8, 12, 36)
+    layer, direction, targets = problem(30, 8, 12, 36, CHANNELS)
     lambda_ = solve_low_rank(layer, direction, targets)
     before = insertion_loss(layer, direction, targets, torch.zeros_like(lambda_))
     assert sum(insertion_loss(layer, direction, targets, lambda_)) < sum(before)
@@ -159,7 +93,7 @@ def test_closed_form(benchmark):
 
 
 def test_projected(benchmark):
-    layer, direction, targets = problem(1, 1, 8, 12, channels=192)
+    layer, direction, targets = problem(1, 1, 8, 12, 192)
     steps = 101
     result = insert_projected(layer, direction, targets, steps=steps)
     assert torch.allclose(result.losses.float(), published_projected(layer, direction, targets, steps), rtol=2e-2)

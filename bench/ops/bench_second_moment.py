@@ -1,51 +1,42 @@
-"""The second moment against `x.T @ x` in torch float32; ratios of one run.
+"""The second moment on the processor against x.T @ x in torch; ratios of one run.
 
     python -m pytest bench/ops/bench_second_moment.py -s
 
-Each benchmark first compares both with float64, then times them in turn, so that a busy machine slows both alike.
+Each benchmark first checks the results against float64, then prints the ratio to x.T @ x in float32 (for maps after the
+copy to rows that it needs) and to BLAS on the blocks of one triangle with float64 totals, with the errors of all.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from timing import in_turn
-from torch import Tensor
 
-from pyrewrite.ops import second_moment_
-from pyrewrite.ops.second_moment import second_moment_ref
+from bench.core import interleaved
+from bench.second_moment import case
 
-ROWS = {64: 1 << 17, 128: 1 << 17, 256: 1 << 16, 512: 1 << 16, 1024: 1 << 14}  # d -> N
-
-
-def error(result: Tensor, truth: Tensor) -> float:
-    """Relative, Frobenius norm."""
-    return float((result.double() - truth).norm() / truth.norm())
+ROWS = 1 << 14
+OTHERS = ("x.T @ x, float32", "BLAS on a triangle")
 
 
-@pytest.mark.parametrize("layout", ["rows", "NCHW"])
-@pytest.mark.parametrize("d", list(ROWS))
-def test_second_moment(benchmark, d, layout):
-    torch.manual_seed(0)
-    x = torch.rand(ROWS[d], d)  # non-negative: nothing cancels, as after a leaky ReLU nearly
-    if layout == "NCHW":
-        x = x.reshape(-1, 32, 32, d).permute(0, 3, 1, 2).contiguous()  # B x d x 32 x 32
-    truth = second_moment_ref(x)
-    moment = torch.zeros(d, d, dtype=torch.float64)
+@pytest.mark.parametrize("layout", ["rows", "nchw"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("d", [64, 128, 256, 512, 1024])
+def test_second_moment(benchmark, d, dtype, layout):
+    this = case("cpu", {"d": d, "rows": ROWS, "dtype": dtype, "layout": layout})
+    ways = [way for way in this.ways if way.name in ("pyrewrite", *OTHERS)]
+    errors = {way.name: way.error(way.run()) for way in ways}
+    assert errors["pyrewrite"] < this.bound
+    assert errors["pyrewrite"] <= errors[OTHERS[0]] / 10
 
-    def torch_form() -> Tensor:
-        rows = x if x.ndim == 2 else x.permute(0, 2, 3, 1).reshape(-1, d)
-        return rows.T @ rows
-
-    ours, theirs = error(second_moment_(moment, x), truth), error(torch_form(), truth)
-    fast, slow = in_turn(lambda: second_moment_(moment, x), torch_form)
-    benchmark.pedantic(lambda: second_moment_(moment, x), rounds=3)
-    rate = ROWS[d] * d * (d + 1) / fast / 1e9
-    benchmark.extra_info.update({"ratio to x.T @ x": slow / fast, "error": ours, "error of x.T @ x": theirs})
+    times = interleaved(ways, "cpu", rounds=7)
+    benchmark.pedantic(ways[0].run, rounds=5, warmup_rounds=1)
+    ratios = {name: times[name] / times["pyrewrite"] for name in OTHERS}
+    benchmark.extra_info.update({f"ratio to {name}": round(value, 2) for name, value in ratios.items()})
+    told = ", ".join(f"{value:.2f}x faster than {name} ({errors[name]:.0e})" for name, value in ratios.items())
+    rate = this.flop / times["pyrewrite"] / 1e9
     print(
-        f"\nd {d}, {layout}: {fast * 1e3:.1f} ms, {slow / fast:.2f}x faster than x.T @ x ({rate:.0f} GFLOP/s in one "
-        f"triangle); error {ours:.1e}, x.T @ x {theirs:.1e}"
+        f"\nd = {d}, {ROWS} rows, {dtype} {layout}: {times['pyrewrite'] * 1e3:.1f} ms on {torch.get_num_threads()} "
+        f"threads, {rate:.0f} GFLOP/s, error {errors['pyrewrite']:.0e}; {told}"
     )
-    if d == 512:
-        assert slow / fast >= 1.3
-        assert theirs / ours >= 10
+    if d == 512 and dtype == "float32":
+        assert ratios[OTHERS[0]] >= 1.3

@@ -1,4 +1,4 @@
-// The upper triangle of X^T X, one panel of rows at a time: the panel is copied into column tiles that fit the cache
+// The upper triangle of X^T X, a few panels of rows at a time: they are copied into column tiles that fit the cache
 // (and widened, if 16 bit), the products of a panel are summed in registers, and the sums added to the float64 total.
 #include "common/vector.isa.h"
 #include "second_moment/params.h"
@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kRows = kLanes == 16 ? 8 : 4;  // of a register block
 constexpr int kPanel = kSecondMomentRows;    // rows of X in a panel: the longest float32 sum
+constexpr int kPackedFloats = 100 << 10;     // of panels: most of a second-level cache of 512 KiB
+constexpr int kMostPanels = 8;
 
 // A register block is kRows x (kVectors * kLanes). Wider blocks do more products a load; narrower ones waste less
 // beside the diagonal.
@@ -86,32 +88,57 @@ struct Triangle {
       for (int v = 0; v < kVectors; ++v) add(to + i * kColumns + v * kLanes, sums[i][v]);
   }
 
+  // Panels that are filled before their products are summed: as many as fit the second-level cache, so that the partial
+  // sums, which do not, come and go less often.
+  static int depth(int d) {
+    const std::int64_t fit = kPackedFloats / panel_size(d);
+    return static_cast<int>(fit < 1 ? 1 : fit > kMostPanels ? kMostPanels : fit);
+  }
+
+  // Adds the products of the rows in all panels to the partial sums. A pair of tiles at a time: both, and the sums
+  // of their blocks, stay in the first-level cache.
+  static void add_products(const float* panels, int rows, int d, double* partial) {
+    constexpr int kBlocks = kColumns / kRows;  // of a pair of tiles
+    for (std::int64_t tile = 0; tile < tiles(d); ++tile) {
+      const std::int64_t blocks = blocks_in(tile, d);
+      for (std::int64_t i0 = 0; i0 < blocks; i0 += kBlocks) {
+        const std::int64_t last = i0 + kBlocks < blocks ? i0 + kBlocks : blocks;
+        const float* panel = panels;
+        for (int done = 0; done < rows; done += kPanel, panel += panel_size(d)) {
+          const int count = rows - done < kPanel ? rows - done : kPanel;
+          for (std::int64_t i = i0; i < last; ++i)
+            block(panel + i0 / kBlocks * kTile + (i - i0) * kRows, panel + tile * kTile, count,
+                  partial + i * kRows * kColumns);
+        }
+      }
+      partial += blocks * kRows * kColumns;
+    }
+  }
+
   template <typename T>
-  static void run(const SecondMomentParams& p, std::int64_t first, std::int64_t last, float* panel, double* partial) {
-    for (std::int64_t i = 0; i < panel_size(p.d); ++i) panel[i] = 0.f;  // columns beyond d are read
+  static void run(const SecondMomentParams& p, std::int64_t first, std::int64_t last, float* panels, double* partial) {
+    const int capacity = depth(p.d) * kPanel;
+    for (std::int64_t i = 0; i < depth(p.d) * panel_size(p.d); ++i) panels[i] = 0.f;  // columns beyond d are read
     // One run of pixels is as long as a single stride describes it.
     const bool merged = p.height <= 1 || p.row_stride == p.width * p.column_stride;
     const std::int64_t length = merged ? p.height * p.width : p.width;
     while (first < last) {
       int filled = 0;
-      while (filled < kPanel && first < last) {
+      while (filled < capacity && first < last) {
         const std::int64_t line = first / length, within = first % length;
         const std::int64_t image = merged ? line : line / p.height, row = merged ? 0 : line % p.height;
+        const int at = filled % kPanel;
         std::int64_t count = length - within;
         if (count > last - first) count = last - first;
-        if (count > kPanel - filled) count = kPanel - filled;
+        if (count > kPanel - at) count = kPanel - at;
         const T* x =
             static_cast<const T*>(p.x) + image * p.image_stride + row * p.row_stride + within * p.column_stride;
-        pack(x, p.column_stride, p.channel_stride, p.d, filled, static_cast<int>(count), panel);
+        pack(x, p.column_stride, p.channel_stride, p.d, at, static_cast<int>(count),
+             panels + filled / kPanel * panel_size(p.d));
         filled += static_cast<int>(count);
         first += count;
       }
-      double* to = partial;
-      for (std::int64_t tile = 0; tile < tiles(p.d); ++tile)
-        for (std::int64_t i = 0; i < blocks_in(tile, p.d); ++i, to += kRows * kColumns) {
-          const std::int64_t row = i * kRows;
-          block(panel + row / kColumns * kTile + row % kColumns, panel + tile * kTile, filled, to);
-        }
+      add_products(panels, filled, p.d, partial);
     }
   }
 
@@ -134,8 +161,8 @@ constexpr int kWideFrom = 20 * kLanes;
 }  // namespace
 
 SecondMomentSizes second_moment_sizes(int d) {
-  if (d >= kWideFrom) return {Triangle<3>::panel_size(d), Triangle<3>::partial_size(d)};
-  return {Triangle<2>::panel_size(d), Triangle<2>::partial_size(d)};
+  if (d >= kWideFrom) return {Triangle<3>::depth(d) * Triangle<3>::panel_size(d), Triangle<3>::partial_size(d)};
+  return {Triangle<2>::depth(d) * Triangle<2>::panel_size(d), Triangle<2>::partial_size(d)};
 }
 
 void second_moment_rows(const SecondMomentParams& p, std::int64_t first, std::int64_t last, float* panel,

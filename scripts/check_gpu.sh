@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# All that only a GPU can tell, in under ten minutes: builds for the GPU of this machine, runs the GPU tests,
+# compute-sanitizer on a short list of them, and the benchmark report. Every step leaves its log in one folder; a step
+# that fails does not stop the next.
+#
+#   scripts/check_gpu.sh [FOLDER]             default: check-gpu
+#   scripts/check_gpu.sh --rehearse [FOLDER]  the same without a GPU: the processor's kernels take their place
+#
+# PYTHON is the Python to use, with a torch for this machine's CUDA (default: python3).
+set -uo pipefail
+rehearse=false
+if [ "${1:-}" = --rehearse ]; then
+  rehearse=true
+  shift
+fi
+here=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "${1:-check-gpu}"
+out=$(cd "${1:-check-gpu}" && pwd)
+python=${PYTHON:-python3}
+failed=0
+: >"$out/summary.txt"
+
+say() { echo "$*" | tee -a "$out/summary.txt"; }
+
+# step NAME SECONDS COMMAND...: runs it within the time, its output to NAME.log
+step() {
+  local name=$1 limit=$2 started=$SECONDS status=0
+  shift 2
+  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+  local verdict=ok
+  if [ $status -eq 124 ]; then verdict="FAILED: longer than $limit s"; elif [ $status -ne 0 ]; then verdict="FAILED: status $status"; fi
+  [ $status -eq 0 ] || failed=1
+  say "$name: $verdict ($((SECONDS - started)) s)"
+  return $status
+}
+
+if $rehearse; then
+  export PYREWRITE_CUDA=OFF
+  tests='not cuda' select=(-k 'projection or second_moment') device=cpu
+else
+  export PYREWRITE_CUDA=ON PYREWRITE_CUDA_ARCHITECTURES=native
+  tests=cuda select=() device=cuda
+fi
+
+# Tests and benchmarks run from copies, beside which no source folder hides the installed package.
+rm -rf "$out/work" "$out/venv"
+mkdir "$out/work"
+cp -r "$here/tests" "$here/bench" "$here/csrc" "$here/pyproject.toml" "$out/work/"
+"$python" -m venv "$out/venv"
+venv=$out/venv/bin
+# What PYTHON has installed, torch above all, is used as it is.
+"$python" -c 'import site; print(*site.getsitepackages(), site.getusersitepackages(), sep="\n")' \
+  >"$("$venv/python" -c 'import site; print(site.getsitepackages()[0])')/outer.pth"
+step build 240 "$venv/pip" install --force-reinstall --no-deps "$here" || exit 1
+step tools 120 "$venv/pip" install "$here[bench]"
+cd "$out/work"
+step diagnosis 30 "$venv/python" -m pyrewrite
+cat "$out/diagnosis.log"
+step tests 180 "$venv/pytest" -q -m "$tests" "${select[@]}" --junitxml="$out/tests.xml" tests/ops
+tail -n 3 "$out/tests.log"
+
+# Short runs of every kernel: a sanitizer makes them tens of times slower.
+short='test_what_a_projection_does or test_list_in_one_call or test_adds_to_what_is_there or test_chunks_carry'
+if command -v compute-sanitizer >/dev/null && ! $rehearse; then
+  for tool in memcheck racecheck; do
+    step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+      "$venv/pytest" -q -p no:cacheprovider -m cuda -k "$short" tests/ops
+  done
+elif $rehearse; then
+  step short-list 90 "$venv/pytest" -q -m "$tests" -k "$short" tests/ops
+  say "memcheck, racecheck: not run (rehearsal)"
+else
+  say "memcheck, racecheck: NOT RUN: no compute-sanitizer on PATH"
+  failed=1
+fi
+
+step report 240 "$venv/python" -m bench.report --device "$device" --out "$out/report"
+tail -n 2 "$out/report.log"
+rm -rf "$out/work" "$out/venv"
+say "results in $out ($SECONDS s in all)"
+exit $failed
