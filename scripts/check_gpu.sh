@@ -51,12 +51,11 @@ venv=$out/venv/bin
 # What PYTHON has installed, torch above all, is used as it is.
 "$python" -c 'import site; print(*site.getsitepackages(), site.getusersitepackages(), sep="\n")' \
   >"$("$venv/python" -c 'import site; print(site.getsitepackages()[0])')/outer.pth"
-step build 240 "$venv/pip" install --force-reinstall --no-deps "$here" || exit 1
-step tools 120 "$venv/pip" install "$here[bench]"
+step build 300 "$venv/pip" install "$here[bench]" || exit 1
 cd "$out/work"
 step diagnosis 30 "$venv/python" -m pyrewrite
 cat "$out/diagnosis.log"
-step tests 180 "$venv/pytest" -q -m "$tests" "${select[@]}" --junitxml="$out/tests.xml" tests/ops
+step tests 180 "$venv/python" -m pytest -q -m "$tests" "${select[@]}" --junitxml="$out/tests.xml" tests/ops
 tail -n 3 "$out/tests.log"
 
 # Short runs of every kernel: a sanitizer makes them tens of times slower.
@@ -64,10 +63,10 @@ short='test_what_a_projection_does or test_list_in_one_call or test_adds_to_what
 if command -v compute-sanitizer >/dev/null && ! $rehearse; then
   for tool in memcheck racecheck; do
     step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-      "$venv/pytest" -q -p no:cacheprovider -m cuda -k "$short" tests/ops
+      "$venv/python" -m pytest -q -p no:cacheprovider -m cuda -k "$short" tests/ops
   done
 elif $rehearse; then
-  step short-list 90 "$venv/pytest" -q -m "$tests" -k "$short" tests/ops
+  step short-list 90 "$venv/python" -m pytest -q -m "$tests" -k "$short" tests/ops
   say "memcheck, racecheck: not run (rehearsal)"
 else
   say "memcheck, racecheck: NOT RUN: no compute-sanitizer on PATH"
