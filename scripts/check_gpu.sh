@@ -34,47 +34,52 @@ step() {
   return $status
 }
 
-if $rehearse; then
-  export PYREWRITE_CUDA=OFF
-  tests='not cuda' select=(-k 'projection or second_moment') device=cpu
-else
-  export PYREWRITE_CUDA=ON PYREWRITE_CUDA_ARCHITECTURES=native
-  tests=cuda select=() device=cuda
-fi
+# A function is read whole before it runs: the file may change meanwhile.
+main() {
+  if $rehearse; then
+    export PYREWRITE_CUDA=OFF
+    tests='not cuda' select=(-k 'projection or second_moment') device=cpu
+  else
+    export PYREWRITE_CUDA=ON PYREWRITE_CUDA_ARCHITECTURES=native
+    tests=cuda select=() device=cuda
+  fi
 
-# Tests and benchmarks run from copies, beside which no source folder hides the installed package.
-rm -rf "$out/work" "$out/venv"
-mkdir "$out/work"
-cp -r "$here/tests" "$here/bench" "$here/csrc" "$here/pyproject.toml" "$out/work/"
-"$python" -m venv "$out/venv"
-venv=$out/venv/bin
-# What PYTHON has installed, torch above all, is used as it is.
-"$python" -c 'import site; print(*site.getsitepackages(), site.getusersitepackages(), sep="\n")' \
-  >"$("$venv/python" -c 'import site; print(site.getsitepackages()[0])')/outer.pth"
-step build 300 "$venv/pip" install "$here[bench]" || exit 1
-cd "$out/work"
-step diagnosis 30 "$venv/python" -m pyrewrite
-cat "$out/diagnosis.log"
-step tests 180 "$venv/python" -m pytest -q -m "$tests" "${select[@]}" --junitxml="$out/tests.xml" tests/ops
-tail -n 3 "$out/tests.log"
+  # Tests and benchmarks run from copies, beside which no source folder hides the installed package.
+  rm -rf "$out/work" "$out/venv"
+  mkdir "$out/work"
+  cp -r "$here/tests" "$here/bench" "$here/csrc" "$here/pyproject.toml" "$out/work/"
+  "$python" -m venv "$out/venv"
+  venv=$out/venv/bin
+  # What PYTHON has installed, torch above all, is used as it is.
+  "$python" -c 'import site; print(*site.getsitepackages(), site.getusersitepackages(), sep="\n")' \
+    >"$("$venv/python" -c 'import site; print(site.getsitepackages()[0])')/outer.pth"
+  step build 300 "$venv/pip" install "$here[bench]" || exit 1
+  cd "$out/work"
+  step diagnosis 30 "$venv/python" -m pyrewrite
+  cat "$out/diagnosis.log"
+  step tests 180 "$venv/python" -m pytest -q -m "$tests" "${select[@]}" --junitxml="$out/tests.xml" tests/ops
+  tail -n 3 "$out/tests.log"
 
-# Short runs of every kernel: a sanitizer makes them tens of times slower.
-short='test_what_a_projection_does or test_list_in_one_call or test_adds_to_what_is_there or test_chunks_carry'
-if command -v compute-sanitizer >/dev/null && ! $rehearse; then
-  for tool in memcheck racecheck; do
-    step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-      "$venv/python" -m pytest -q -p no:cacheprovider -m cuda -k "$short" tests/ops
-  done
-elif $rehearse; then
-  step short-list 90 "$venv/python" -m pytest -q -m "$tests" -k "$short" tests/ops
-  say "memcheck, racecheck: not run (rehearsal)"
-else
-  say "memcheck, racecheck: NOT RUN: no compute-sanitizer on PATH"
-  failed=1
-fi
+  # Short runs of every kernel: a sanitizer makes them tens of times slower.
+  short='test_what_a_projection_does or test_list_in_one_call or test_adds_to_what_is_there or test_chunks_carry'
+  if command -v compute-sanitizer >/dev/null && ! $rehearse; then
+    for tool in memcheck racecheck; do
+      step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+        "$venv/python" -m pytest -q -p no:cacheprovider -m cuda -k "$short" tests/ops
+    done
+  elif $rehearse; then
+    step short-list 90 "$venv/python" -m pytest -q -m "$tests" -k "$short" tests/ops
+    say "memcheck, racecheck: not run (rehearsal)"
+  else
+    say "memcheck, racecheck: NOT RUN: no compute-sanitizer on PATH"
+    failed=1
+  fi
 
-step report 240 "$venv/python" -m bench.report --device "$device" --out "$out/report"
-tail -n 2 "$out/report.log"
-rm -rf "$out/work" "$out/venv"
-say "results in $out ($SECONDS s in all)"
+  step report 240 "$venv/python" -m bench.report --device "$device" --out "$out/report"
+  tail -n 2 "$out/report.log"
+  rm -rf "$out/work" "$out/venv"
+  say "results in $out ($SECONDS s in all)"
+}
+
+main
 exit $failed
