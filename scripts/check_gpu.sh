@@ -75,7 +75,7 @@ main() {
     failed=1
   fi
 
-  step report 240 "$venv/python" -m bench.report --device "$device" --out "$out/report"
+  step report 300 "$venv/python" -m bench.report --device "$device" --out "$out/report"
   tail -n 2 "$out/report.log"
   rm -rf "$out/work" "$out/venv"
   say "results in $out ($SECONDS s in all)"
