@@ -56,6 +56,11 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def bend_rate(machine: Machine, rate: float, intensity: float) -> float:
+    """TFLOP/s that the machine allows at so many operations a byte."""
+    return min(rate, machine.copy_rate * intensity) / 1e12
+
+
 def plot(rows: list[dict], machines: list[Machine], path: Path) -> str:
     """A roofline of the timed rows. Returns why there is none, or nothing."""
     try:
@@ -70,11 +75,12 @@ def plot(rows: list[dict], machines: list[Machine], path: Path) -> str:
         timed = [r for r in rows if r["device"] == machine.name and "seconds" in r and r["cache"] != "warm"]
         spread = [r["intensity"] for r in timed] or [1.0]
         x = [min(spread) / 4, max(spread) * 4]
-        for name, rate in machine.flop_rates.items():
+        for rate in sorted(set(machine.flop_rates.values())):
+            name = ", ".join(n for n, r in machine.flop_rates.items() if r == rate)
             corner = rate / machine.copy_rate
             bend = [x[0], *([corner] if x[0] < corner < x[1] else []), x[1]]
-            axis.plot(bend, [min(rate, machine.copy_rate * i) / 1e12 for i in bend], color="grey", linewidth=0.8)
-            axis.annotate(name, (x[1], min(rate, machine.copy_rate * x[1]) / 1e12), fontsize=7)
+            axis.plot(bend, [bend_rate(machine, rate, i) for i in bend], color="grey", linewidth=0.8)
+            axis.annotate(name, (x[1], bend_rate(machine, rate, x[1])), fontsize=7, ha="right", va="bottom")
         for ours in (True, False):
             chosen = [r for r in timed if (r["way"] == "pyrewrite") is ours]
             points = [r["intensity"] for r in chosen], [r["tflop_per_s"] for r in chosen]

@@ -26,7 +26,8 @@ def test_second_moment(benchmark, d, dtype, layout):
     ways = [way for way in this.ways if way.name in ("pyrewrite", *OTHERS)]
     errors = {way.name: way.error(way.run()) for way in ways}
     assert errors["pyrewrite"] < this.bound
-    assert errors["pyrewrite"] <= errors[OTHERS[0]] / 10
+    # Products of two bfloat16 are exact in float32: torch is better there.
+    assert errors["pyrewrite"] <= errors[OTHERS[0]] / (10 if dtype == "float32" else 5)
 
     times = interleaved(ways, "cpu", rounds=7)
     benchmark.pedantic(ways[0].run, rounds=5, warmup_rounds=1)
