@@ -8,9 +8,11 @@ associative memory of the rewriting paper.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +138,21 @@ class StyleGAN2Shape:
     upsamples: tuple[tuple[int, int], ...]
     image_channels: int = 3
     labels: tuple[int, int] | None = None
+
+
+class _Carry(NamedTuple):
+    """What flows past the layers.
+
+    w         B x w_dim, or B x num_ws x w_dim
+    rgb       B x C x H x W, the colours so far; None before the first
+    render    whether colours are made
+    prepared  layer number -> its constants, where the images of a batch run one by one
+    """
+
+    w: Tensor
+    rgb: Tensor | None
+    render: bool
+    prepared: Mapping[int, tuple[Tensor, ...]] = MappingProxyType({})
 
 
 class StyleGAN2(Generator):
@@ -309,14 +326,14 @@ class StyleGAN2(Generator):
     def _styled(self, index: int) -> StyledConv:
         return self.conv1 if index == 0 else self.convs[index - 1]
 
-    def _begin(self, z: Tensor, render: bool) -> tuple[Tensor, tuple]:
+    def _begin(self, z: Tensor, render: bool) -> tuple[Tensor, _Carry]:
         return self._begin_w(self.truncated(self.mapped(z)), render)
 
-    def _begin_w(self, w: Tensor, render: bool) -> tuple[Tensor, tuple]:
-        return self.input.input.expand(len(w), -1, -1, -1), (w, None, render)
+    def _begin_w(self, w: Tensor, render: bool) -> tuple[Tensor, _Carry]:
+        return self.input.input.expand(len(w), -1, -1, -1), _Carry(w, None, render)
 
-    def _key(self, index: int, x: Tensor, carry: tuple) -> tuple[Tensor, Tensor]:
-        style = self._style(self._styled(index).conv, _style_number(carry[0], index))  # B x I
+    def _key(self, index: int, x: Tensor, carry: _Carry) -> tuple[Tensor, Tensor]:
+        style = self._style(self._styled(index).conv, _style_number(carry.w, index))  # B x I
         return (x * style[:, :, None, None]).contiguous(memory_format=torch.channels_last), style
 
     def _value(self, index: int, key: Tensor, style: Tensor) -> Tensor:
@@ -344,38 +361,58 @@ class StyleGAN2(Generator):
         x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
         return filtered(x, conv.kernel, *blur_padding(conv.kernel, weight.shape[-1]), bias)
 
-    def _step(self, index: int, x: Tensor, carry: tuple) -> tuple[Tensor, tuple]:
+    def _step(self, index: int, x: Tensor, carry: _Carry) -> tuple[Tensor, _Carry]:
         if not (len(x) == 1 and self._one_by_one(index)):
             return super()._step(index, x, carry)
-        style = self._style(self._styled(index).conv, _style_number(carry[0], index))
-        return self._advance(index, self._value_of_one(index, x, style), carry)
+        constants = carry.prepared.get(index) or self._constants(index, carry.w)
+        return self._advance(index, self._value_of_one(index, x, constants), carry)
 
     def _captured_value(self, index: int, x: Tensor, key: Tensor, style: Tensor) -> Tensor:
         if len(x) == 1 and self._one_by_one(index):
-            return self._value_of_one(index, x, style)
+            return self._value_of_one(index, x, self._constants_of(index, style))
         return super()._captured_value(index, x, key, style)
 
-    def _value_of_one(self, index: int, x: Tensor, style: Tensor) -> Tensor:
-        """x: 1 x I x h x w, the layer's input, style: 1 x I -> the value, 1 x O x H x W.
+    def _constants(self, index: int, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """w: B x w_dim or B x num_ws x w_dim -> what `_value_of_one` needs of layer number `index`."""
+        return self._constants_of(index, self._style(self._styled(index).conv, _style_number(w, index)))
 
-        Where the map is larger than the weights it is cheaper to modulate these: that leaves two passes over the map
-        beside the convolution. The gain goes into the weights too, for gain * lrelu(x) is lrelu(gain * x).
+    def _constants_of(self, index: int, style: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """style: B x I -> the same, the scale of the output (B x O), noise (H x W) and bias (O).
+
+        The gain of the activation is in the last three, for gain * lrelu(x) is lrelu(gain * x).
         """
         styled = self._styled(index)
-        conv = styled.conv
-        demodulation = self._demodulation(conv, style) * GAIN  # 1 x O
-        weight = conv.weight[0] * (demodulation.t() * style)[:, :, None, None]
+        scale = self._demodulation(styled.conv, style) * GAIN
+        return style, scale, self._noise(index) * GAIN, styled.activate.bias * GAIN
+
+    def _value_of_one(self, index: int, x: Tensor, constants: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        """x: 1 x I x h x w, the layer's input -> the value, 1 x O x H x W.
+
+        Where the map is larger than the weights it is cheaper to modulate these: that leaves two passes over the map
+        beside the convolution.
+        """
+        conv = self._styled(index).conv
+        style, scale, noise, bias = constants  # 1 x I, 1 x O, H x W, O
+        weight = conv.weight[0] * (scale.t() * style)[:, :, None, None]
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self._convolved(conv, x, weight, styled.activate.bias * GAIN)
-        return F.leaky_relu_(x.add_(self._noise_of(index, 1) * GAIN), SLOPE)
+        x = self._convolved(conv, x, weight, bias)
+        return F.leaky_relu_(x.add_(noise), SLOPE)
 
-    def _one_of(self, carry: tuple, row: int) -> tuple:
-        w, rgb, render = carry
-        return w[row : row + 1], None if rgb is None else rgb[row : row + 1], render
+    def _prepared(self, index: int, carry: _Carry) -> _Carry:
+        later = {i: self._constants(i, carry.w) for i in range(index, len(self._layers)) if self._one_by_one(i)}
+        return carry._replace(prepared=later)
 
-    def _joined(self, carries: list[tuple]) -> tuple:
-        ws, rgbs, renders = zip(*carries, strict=True)
-        return torch.cat(ws), None if rgbs[0] is None else torch.cat(rgbs), renders[0]
+    def _one_of(self, carry: _Carry, row: int) -> _Carry:
+        rows = slice(row, row + 1)
+        return carry._replace(
+            w=carry.w[rows],
+            rgb=None if carry.rgb is None else carry.rgb[rows],
+            prepared={i: (style[rows], scale[rows], *rest) for i, (style, scale, *rest) in carry.prepared.items()},
+        )
+
+    def _joined(self, carries: list[_Carry]) -> _Carry:
+        ws, rgbs = [carry.w for carry in carries], [carry.rgb for carry in carries]
+        return _Carry(torch.cat(ws), None if rgbs[0] is None else torch.cat(rgbs), carries[0].render)
 
     def _noise(self, index: int) -> Tensor:
         noise = getattr(self.noises, f"noise_{index}")[0, 0]
@@ -401,19 +438,18 @@ class StyleGAN2(Generator):
         self._require_fixed_noise()
         return super().keys(layer, z)
 
-    def _captured(self, layer: str | EditableLayer, x: Tensor, carry: tuple) -> Activation:
+    def _captured(self, layer: str | EditableLayer, x: Tensor, carry: _Carry) -> Activation:
         self._require_fixed_noise()
         return super()._captured(layer, x, carry)
 
-    def _advance(self, index: int, value: Tensor, carry: tuple) -> tuple[Tensor, tuple]:
-        w, rgb, render = carry
-        if render and index % 2 == 0:
+    def _advance(self, index: int, value: Tensor, carry: _Carry) -> tuple[Tensor, _Carry]:
+        if carry.render and index % 2 == 0:
             to_rgb = self.to_rgb1 if index == 0 else self.to_rgbs[index // 2 - 1]
-            rgb = to_rgb(value, _style_number(w, index + 1), rgb)
-        return value, (w, rgb, render)
+            carry = carry._replace(rgb=to_rgb(value, _style_number(carry.w, index + 1), carry.rgb))
+        return value, carry
 
-    def _image(self, x: Tensor, carry: tuple) -> Tensor:
-        return carry[1]
+    def _image(self, x: Tensor, carry: _Carry) -> Tensor:
+        return carry.rgb
 
     def conv_layer(self, layer: str | EditableLayer) -> ConvLayer:
         from pyrewrite.ops.insertion import ConvLayer
