@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pyrewrite.generators.base import Activation, EditableLayer, Generator, batch_independent, numbered_latents
 from pyrewrite.generators.filters import blur_padding, filtered, upsampled_by_two
+from pyrewrite.ops.convolution import conv3x3, conv3x3_kernel_takes, prepare_conv3x3
 
 if TYPE_CHECKING:
     from pyrewrite.ops.insertion import ConvLayer
@@ -140,6 +141,24 @@ class StyleGAN2Shape:
     labels: tuple[int, int] | None = None
 
 
+class _Constants(NamedTuple):
+    """What a layer needs beside the map. The activation's gain is in scale, noise and bias, for gain * lrelu(x) is
+    lrelu(gain * x).
+
+    style   B x I, of the inputs
+    scale   B x O, of the outputs
+    noise   H x W
+    bias    O
+    weight  as `prepare_conv3x3` made it, or None
+    """
+
+    style: Tensor
+    scale: Tensor
+    noise: Tensor
+    bias: Tensor
+    weight: Tensor | None
+
+
 class _Carry(NamedTuple):
     """What flows past the layers.
 
@@ -152,7 +171,7 @@ class _Carry(NamedTuple):
     w: Tensor
     rgb: Tensor | None
     render: bool
-    prepared: Mapping[int, tuple[Tensor, ...]] = MappingProxyType({})
+    prepared: Mapping[int, _Constants] = MappingProxyType({})
 
 
 class StyleGAN2(Generator):
@@ -339,10 +358,19 @@ class StyleGAN2(Generator):
     def _value(self, index: int, key: Tensor, style: Tensor) -> Tensor:
         styled = self._styled(index)
         conv, weight = styled.conv, styled.conv.weight[0]
+        scale, noise, bias = self._demodulation(conv, style), self._noise_of(index, len(key)), styled.activate.bias
+        if self._plain(index) and noise.ndim == 2:
+            extras = {"noise": noise * GAIN, "bias": bias * GAIN, "negative_slope": SLOPE}
+            return conv3x3(key, weight, out_scale=scale * GAIN, **extras)
         x = batch_independent(lambda x: self._convolved(conv, x, weight), key)
-        x = x * self._demodulation(conv, style)[:, :, None, None]
-        x = x + self._noise_of(index, len(x)) + styled.activate.bias[:, None, None]
+        x = x * scale[:, :, None, None]
+        x = x + noise + bias[:, None, None]
         return F.leaky_relu(x, SLOPE) * GAIN
+
+    def _plain(self, index: int) -> bool:
+        """Whether the layer has no up-sampling and this package's convolution is for it."""
+        conv = self._styled(index).conv
+        return conv.kernel is None and conv3x3_kernel_takes(conv.weight[0])
 
     def _demodulation(self, conv: ModulatedConv, style: Tensor) -> Tensor:
         """style: B x I -> B x O, one over the norm of each modulated filter, times the scale of the weights."""
@@ -362,41 +390,50 @@ class StyleGAN2(Generator):
         return filtered(x, conv.kernel, *blur_padding(conv.kernel, weight.shape[-1]), bias)
 
     def _step(self, index: int, x: Tensor, carry: _Carry) -> tuple[Tensor, _Carry]:
-        if not (len(x) == 1 and self._one_by_one(index)):
+        if len(x) == 1 and self._one_by_one(index):
+            value = self._value_of_one(index, x, carry.prepared.get(index) or self._constants(index, carry.w))
+        elif self._plain(index) and self._noise_mode != "random":
+            value = self._fused(index, x, self._constants(index, carry.w))
+        else:
             return super()._step(index, x, carry)
-        constants = carry.prepared.get(index) or self._constants(index, carry.w)
-        return self._advance(index, self._value_of_one(index, x, constants), carry)
+        return self._advance(index, value, carry)
 
     def _captured_value(self, index: int, x: Tensor, key: Tensor, style: Tensor) -> Tensor:
         if len(x) == 1 and self._one_by_one(index):
             return self._value_of_one(index, x, self._constants_of(index, style))
+        if self._plain(index):
+            return self._fused(index, x, self._constants_of(index, style))
         return super()._captured_value(index, x, key, style)
 
-    def _constants(self, index: int, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """w: B x w_dim or B x num_ws x w_dim -> what `_value_of_one` needs of layer number `index`."""
+    def _constants(self, index: int, w: Tensor) -> _Constants:
+        """w: B x w_dim or B x num_ws x w_dim -> what layer number `index` needs beside the map."""
         return self._constants_of(index, self._style(self._styled(index).conv, _style_number(w, index)))
 
-    def _constants_of(self, index: int, style: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """style: B x I -> the same, the scale of the output (B x O), noise (H x W) and bias (O).
-
-        The gain of the activation is in the last three, for gain * lrelu(x) is lrelu(gain * x).
-        """
+    def _constants_of(self, index: int, style: Tensor) -> _Constants:
+        """style: B x I"""
         styled = self._styled(index)
         scale = self._demodulation(styled.conv, style) * GAIN
-        return style, scale, self._noise(index) * GAIN, styled.activate.bias * GAIN
+        prepared = prepare_conv3x3(styled.conv.weight[0]) if self._plain(index) else None
+        return _Constants(style, scale, self._noise(index) * GAIN, styled.activate.bias * GAIN, prepared)
 
-    def _value_of_one(self, index: int, x: Tensor, constants: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    def _fused(self, index: int, x: Tensor, c: _Constants) -> Tensor:
+        """x: B x I x H x W, the input of a layer without up-sampling -> the value, B x O x H x W."""
+        weight, extras = self._styled(index).conv.weight[0], {"noise": c.noise, "bias": c.bias, "prepared": c.weight}
+        return conv3x3(x, weight, in_scale=c.style, out_scale=c.scale, negative_slope=SLOPE, **extras)
+
+    def _value_of_one(self, index: int, x: Tensor, c: _Constants) -> Tensor:
         """x: 1 x I x h x w, the layer's input -> the value, 1 x O x H x W.
 
         Where the map is larger than the weights it is cheaper to modulate these: that leaves two passes over the map
         beside the convolution.
         """
+        if self._plain(index):
+            return self._fused(index, x, c)
         conv = self._styled(index).conv
-        style, scale, noise, bias = constants  # 1 x I, 1 x O, H x W, O
-        weight = conv.weight[0] * (scale.t() * style)[:, :, None, None]
+        weight = conv.weight[0] * (c.scale.t() * c.style)[:, :, None, None]
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self._convolved(conv, x, weight, bias)
-        return F.leaky_relu_(x.add_(noise), SLOPE)
+        x = self._convolved(conv, x, weight, c.bias)
+        return F.leaky_relu_(x.add_(c.noise), SLOPE)
 
     def _prepared(self, index: int, carry: _Carry) -> _Carry:
         later = {i: self._constants(i, carry.w) for i in range(index, len(self._layers)) if self._one_by_one(i)}
@@ -407,7 +444,7 @@ class StyleGAN2(Generator):
         return carry._replace(
             w=carry.w[rows],
             rgb=None if carry.rgb is None else carry.rgb[rows],
-            prepared={i: (style[rows], scale[rows], *rest) for i, (style, scale, *rest) in carry.prepared.items()},
+            prepared={i: c._replace(style=c.style[rows], scale=c.scale[rows]) for i, c in carry.prepared.items()},
         )
 
     def _joined(self, carries: list[_Carry]) -> _Carry:
