@@ -17,7 +17,8 @@ from torch import Tensor
 from pyrewrite.errors import CheckpointMismatchError
 from pyrewrite.generators.loading import stylegan2
 from pyrewrite.generators.loading._names import Weights, require_names, require_shape
-from pyrewrite.generators.stylegan2 import MAPPING_RATE, StyleGAN2
+from pyrewrite.generators.stylegan2 import StyleGAN2
+from pyrewrite.generators.styles import MAPPING_RATE
 
 WHAT = "StyleGAN2 generator in NVIDIA's layout"
 _NAMES = re.compile(r"synthesis\.b\d+\.|mapping\.(fc\d+|embed)\.|mapping\.w_avg$")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pyrewrite.errors import CheckpointMismatchError
 from pyrewrite.generators.loading._names import Weights, fill, require_names, require_shape
-from pyrewrite.generators.stylegan2 import MEAN_SAMPLES, StyleGAN2, StyleGAN2Shape
+from pyrewrite.generators.stylegan2 import StyleGAN2, StyleGAN2Shape
+from pyrewrite.generators.styles import MEAN_SAMPLES
 
 WHAT = "StyleGAN2 generator"
 _NAMES = re.compile(
