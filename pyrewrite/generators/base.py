@@ -114,7 +114,7 @@ def _workers(threads: int, process: int) -> ThreadPoolExecutor:
 class Generator(EditableNetwork):
     """A pretrained generator as a sequence of named, editable layers.
 
-    family      "stylegan2", "progan" or "dcgan"
+    family      "stylegan2", "stylegan3", "progan" or "dcgan"
     z_dim       length of a latent
     image_size  height and width of the images
     truncation  w is pulled towards the mean latent: w_mean + truncation * (w - w_mean); 1 is off
@@ -181,6 +181,10 @@ class Generator(EditableNetwork):
     def file_state(self) -> dict[str, Tensor]:
         """The weights as they are now, under the names that the family's files give them."""
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
+
+    def file_settings(self) -> dict[str, float]:
+        """Numbers that files keep beside the weights, under the names that the family's files give them."""
+        return {}
 
     def latents(self, numbers: int | Iterable[int], seed: int = 1) -> Tensor:
         """The latents of numbered images, B x z_dim, float32, on the generator's device. See `numbered_latents`."""
@@ -255,7 +259,8 @@ class Generator(EditableNetwork):
         index = self._index(layer)
         x, carry = self._input_of(index, x, carry)
         key, style = self._key(index, x, carry)
-        return Activation(key, self._captured_value(index, x, key, style), style, self._noise(index), carry)
+        value, info = self._captured_value(index, x, key, style), self.find_layer(layer)
+        return Activation(key, value, style, self._noise(index), carry, info.margin, info.key_margin)
 
     def _captured_value(self, index: int, x: Tensor, key: Tensor, style: Tensor | None) -> Tensor:
         """The value map, rounded as `forward` rounds it."""

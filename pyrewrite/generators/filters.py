@@ -57,9 +57,9 @@ def filtered_lrelu(
 ) -> Tensor:
     """The leaky ReLU of StyleGAN3 at a higher sampling rate. x: B x C x h x w -> B x C x H x W.
 
-    Zeros between the pixels (up - 1 of them after each), zero padding (before, after; negative: cropping), the up filter
-    times up^2, leaky ReLU times gain, clamped to [-clamp, clamp], the down filter, every down-th pixel. A filter is
-    taps, one dimension of a product, or taps x taps; None: 1.
+    Zeros between the pixels (up - 1 of them after each), zero padding (before, after; negative: cropping), the up
+    filter times up^2, leaky ReLU times gain, clamped to [-clamp, clamp], the down filter, every down-th pixel. A filter
+    is taps, one dimension of a product, or taps x taps; None: 1.
     """
     up_kernel, down_kernel = _flipped_square(up_filter, x), _flipped_square(down_filter, x)
     before, length = padding[0], len(up_kernel)

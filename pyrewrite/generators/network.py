@@ -29,6 +29,7 @@ class Activation:
     style  B x I, or None where the family has no modulation
     noise  H x W, already times the noise strength, the same for every image; None where the family has no noise
     carry  what else flows past the layer; only `Generator.finish` of the same generator knows what it is
+    margin, key_margin  pixels of the value and of the key map around the picture, on every side: see EditableLayer
     """
 
     key: Tensor
@@ -36,6 +37,8 @@ class Activation:
     style: Tensor | None
     noise: Tensor | None
     carry: Any
+    margin: int = 0
+    key_margin: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,9 @@
 """StyleGAN3, T and R (Karras et al., "Alias-Free Generative Adversarial Networks", NeurIPS 2021).
 
-A layer's map is a sampled signal: it has a sampling rate, in pixels over the width of the picture, and a margin of pixels
-around the picture. The leaky ReLU runs at a higher rate, between an up- and a down-sampling filter (`filtered_lrelu`),
-so that it mixes neighbouring pixels: a layer's value is taken before it, after the convolution, its demodulation and
-its bias.
+A layer's map is a sampled signal: it has a sampling rate, in pixels over the width of the picture, and a margin of
+pixels around the picture. The leaky ReLU runs at a higher rate, between an up- and a down-sampling filter
+(`filtered_lrelu`), and so mixes neighbouring pixels: a layer's value is taken before it, after the convolution, its
+demodulation and its bias.
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ class FourierFeatures(nn.Module):
         self.size, self.rate, self.bandwidth = size, rate, bandwidth
 
     def forward(self, w: Tensor) -> Tensor:  # B x w_dim -> B x C x size x size
+        if len(w) == 0:
+            return w.new_empty(0, len(self.phases), self.size, self.size)
         return torch.cat([self._of_one(row) for row in w])  # each rounded alike, whatever the batch
 
     def _of_one(self, w: Tensor) -> Tensor:  # w_dim -> 1 x C x size x size

@@ -115,9 +115,7 @@ class Rewriter:
         """The edit's context as directions D, r x I float32."""
         settings = settings or edit.resolve()
         context = self._context(edit)
-        return self._directions(
-            self.capture([s.image for s in context], edit.latents), context, settings
-        )
+        return self._directions(self.capture([s.image for s in context], edit.latents), context, settings)
 
     def solve(
         self,
@@ -201,7 +199,9 @@ class Rewriter:
             size = captured.value_size
             box = Box(0, 0, *size)
             if not whole:
-                box = bounding_box(mask_on_map(selection.mask, size, self._image_size, "context mask"), "context mask")
+                what = "context mask"
+                area = mask_on_map(selection.mask, size, self._image_size, what, captured.margin)
+                box = bounding_box(area, what)
             targets.append(make_target(conv, captured, selection.image, goal, box))
         patch = self._insert(targets, captured, direction, settings, clock, progress, impl, edit.latents)
         patch.name = edit.name
@@ -298,8 +298,9 @@ class Rewriter:
             images.append(self.generator.finish(self.layer, activation, value))
         if images:
             alpha[box.slices()] = thing.alpha.cpu()
+        rows, columns = (slice(thing.margin, n - thing.margin) for n in source.value_size)  # what the picture shows
         shown = torch.nn.functional.interpolate(
-            alpha[None, None], self._image_size, mode="bilinear", align_corners=False
+            alpha[None, None, rows, columns], self._image_size, mode="bilinear", align_corners=False
         )
         return torch.cat(images) if images else self._no_images(), shown[0, 0]
 

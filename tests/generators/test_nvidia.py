@@ -174,7 +174,7 @@ def test_clamping_is_noted(save, source):
         ({"synthesis.b8.architecture": "orig"}, {}, "without skip connections"),
         ({"mapping.fc0.activation": "relu"}, {}, r"mapping\.fc0\.activation is 'relu'"),
         ({"mapping.fc0.bias_gain": 0.1}, {}, r"mapping learns at 0\.1"),
-        ({}, {"synthesis.L0_36_16.weight": (2, 2)}, "StyleGAN3"),
+        ({}, {"synthesis.L0_36_16.weight": (2, 2)}, r"extra \(1\): synthesis\.L0_36_16\.weight"),
         ({}, {"synthesis.b8.conv2.weight": (2, 2)}, r"extra \(1\): synthesis\.b8\.conv2\.weight"),
         ({}, {"synthesis.b64.conv1.weight": (2, 2)}, "expected each twice the one before"),
     ],

@@ -123,15 +123,20 @@ def _refuse_other_architectures(weights: Weights) -> None:
         raise CheckpointMismatchError(
             f"{weights.origin} is a StyleGAN2 without skip connections (colours in the last layer only): not supported"
         )
-    for name, value in settings.items():
+    require_known_layers(weights, "StyleGAN2")
+
+
+def require_known_layers(weights: Weights, what: str) -> None:
+    """Raise CheckpointMismatchError where the settings beside the weights ask for other layers than those here."""
+    for name, value in weights.beside.items():
         wanted = "linear" if re.search(r"(affine|embed)\.activation$", name) else "lrelu"
         if name.startswith(("synthesis.", "mapping.")) and name.endswith(".activation") and value != wanted:
             raise CheckpointMismatchError(
-                f"{weights.origin} is a StyleGAN2 whose {name} is {value!r}: not supported, only {wanted!r}"
+                f"{weights.origin} is a {what} whose {name} is {value!r}: not supported, only {wanted!r}"
             )
         if re.fullmatch(r"mapping\.fc\d+\.bias_gain", name) and not math.isclose(float(value), MAPPING_RATE):
             raise CheckpointMismatchError(
-                f"{weights.origin} is a StyleGAN2 whose mapping learns at {value}: not supported, only {MAPPING_RATE}"
+                f"{weights.origin} is a {what} whose mapping learns at {value}: not supported, only {MAPPING_RATE}"
             )
 
 
