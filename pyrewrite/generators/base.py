@@ -215,9 +215,15 @@ class Generator(EditableNetwork):
 
         On a CPU that is faster where the maps outweigh the weights: those of one image stay in the caches.
         """
-        layer = list(self._layers.values())[index]
+        layer = self._layers.at(index)
+        if layer.weight.device.type != "cpu":
+            return False
         largest = max(layer.in_channels * layer.key_resolution**2, layer.out_channels * layer.resolution**2)
-        return self.device.type == "cpu" and largest >= layer.weight.numel() // 2
+        return largest >= layer.weight.numel() // 2
+
+    def _prepared(self, index: int, carry: Any) -> Any:
+        """The carry before a batch runs image by image from this layer on, with what is cheaper for all of them."""
+        return carry
 
     def _one_of(self, carry: Any, row: int) -> Any:
         """The carry of one image of the batch, as a batch of one."""
@@ -231,6 +237,7 @@ class Generator(EditableNetwork):
         """The input of layer number `index` and the carry there, from those of layer number `start`."""
         for i in range(start, index):
             if len(x) > 1 and self._one_by_one(i):
+                carry = self._prepared(i, carry)
                 run = lambda b: self._input_of(index, x[b : b + 1], self._one_of(carry, b), i)  # noqa: E731, B023
                 parts = side_by_side(run, len(x))
                 return torch.cat([part[0] for part in parts]), self._joined([part[1] for part in parts])
@@ -240,6 +247,7 @@ class Generator(EditableNetwork):
     def _render_from(self, index: int, x: Tensor, carry: Any) -> Tensor:
         for i in range(index, len(self._layers)):
             if len(x) > 1 and self._one_by_one(i):
+                carry = self._prepared(i, carry)
                 run = lambda b: self._render_from(i, x[b : b + 1], self._one_of(carry, b))  # noqa: E731, B023
                 return torch.cat(side_by_side(run, len(x)))
             x, carry = self._step(i, x, carry)

@@ -6,6 +6,7 @@ import abc
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,6 +77,10 @@ class EditableLayer:
 
 class Layers(dict):
     """Editable layers by name, in the order in which they run."""
+
+    def at(self, index: int) -> EditableLayer:
+        """Layer number `index`, the first is 0."""
+        return next(islice(self.values(), index, None))
 
     def __missing__(self, name: object) -> EditableLayer:
         raise UnknownLayerError(f"there is no layer {name!r}; this generator has {', '.join(self)}")

@@ -8,8 +8,10 @@ associative memory of the rewriting paper.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from pyrewrite.generators.base import Activation, EditableLayer, batch_independent
 from pyrewrite.generators.filters import blur_padding, filtered, upsampled_by_two
 from pyrewrite.generators.styles import EPSILON, GAIN, SLOPE, EqualLinear, StyleBased, style_number
+from pyrewrite.ops.convolution import conv3x3, conv3x3_kernel_takes, prepare_conv3x3
 
 if TYPE_CHECKING:
     from pyrewrite.ops.insertion import ConvLayer
@@ -108,6 +111,39 @@ class StyleGAN2Shape:
     labels: tuple[int, int] | None = None
 
 
+class _Constants(NamedTuple):
+    """What a layer needs beside the map. The activation's gain is in scale, noise and bias, for gain * lrelu(x) is
+    lrelu(gain * x).
+
+    style   B x I, of the inputs
+    scale   B x O, of the outputs
+    noise   H x W
+    bias    O
+    weight  as `prepare_conv3x3` made it, or None
+    """
+
+    style: Tensor
+    scale: Tensor
+    noise: Tensor
+    bias: Tensor
+    weight: Tensor | None
+
+
+class _Carry(NamedTuple):
+    """What flows past the layers.
+
+    w         B x w_dim, or B x num_ws x w_dim
+    rgb       B x C x H x W, the colours so far; None before the first
+    render    whether colours are made
+    prepared  layer number -> its constants, where the images of a batch run one by one
+    """
+
+    w: Tensor
+    rgb: Tensor | None
+    render: bool
+    prepared: Mapping[int, _Constants] = MappingProxyType({})
+
+
 class StyleGAN2(StyleBased):
     """Layers layer2 (base resolution), layer3 (up-samples), layer4, ... as the official rewriting tool numbers them."""
 
@@ -170,20 +206,29 @@ class StyleGAN2(StyleBased):
     def _styled(self, index: int) -> StyledConv:
         return self.conv1 if index == 0 else self.convs[index - 1]
 
-    def _begin_w(self, w: Tensor, render: bool) -> tuple[Tensor, tuple]:
-        return self.input.input.expand(len(w), -1, -1, -1), (w, None, render)
+    def _begin_w(self, w: Tensor, render: bool) -> tuple[Tensor, _Carry]:
+        return self.input.input.expand(len(w), -1, -1, -1), _Carry(w, None, render)
 
-    def _key(self, index: int, x: Tensor, carry: tuple) -> tuple[Tensor, Tensor]:
-        style = self._style(self._styled(index).conv, style_number(carry[0], index))  # B x I
+    def _key(self, index: int, x: Tensor, carry: _Carry) -> tuple[Tensor, Tensor]:
+        style = self._style(self._styled(index).conv, style_number(carry.w, index))  # B x I
         return (x * style[:, :, None, None]).contiguous(memory_format=torch.channels_last), style
 
     def _value(self, index: int, key: Tensor, style: Tensor) -> Tensor:
         styled = self._styled(index)
         conv, weight = styled.conv, styled.conv.weight[0]
+        scale, noise, bias = self._demodulation(conv, style), self._noise_of(index, len(key)), styled.activate.bias
+        if self._plain(index) and noise.ndim == 2:
+            extras = {"noise": noise * GAIN, "bias": bias * GAIN, "negative_slope": SLOPE}
+            return conv3x3(key, weight, out_scale=scale * GAIN, **extras)
         x = batch_independent(lambda x: self._convolved(conv, x, weight), key)
-        x = x * self._demodulation(conv, style)[:, :, None, None]
-        x = x + self._noise_of(index, len(x)) + styled.activate.bias[:, None, None]
+        x = x * scale[:, :, None, None]
+        x = x + noise + bias[:, None, None]
         return F.leaky_relu(x, SLOPE) * GAIN
+
+    def _plain(self, index: int) -> bool:
+        """Whether the layer has no up-sampling and this package's convolution is for it."""
+        conv = self._styled(index).conv
+        return conv.kernel is None and conv3x3_kernel_takes(conv.weight[0])
 
     def _demodulation(self, conv: ModulatedConv, style: Tensor) -> Tensor:
         """style: B x I -> B x O, one over the norm of each modulated filter, times the scale of the weights."""
@@ -202,38 +247,67 @@ class StyleGAN2(StyleBased):
         x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
         return filtered(x, conv.kernel, *blur_padding(conv.kernel, weight.shape[-1]), bias)
 
-    def _step(self, index: int, x: Tensor, carry: tuple) -> tuple[Tensor, tuple]:
-        if not (len(x) == 1 and self._one_by_one(index)):
+    def _step(self, index: int, x: Tensor, carry: _Carry) -> tuple[Tensor, _Carry]:
+        if len(x) == 1 and self._one_by_one(index):
+            value = self._value_of_one(index, x, carry.prepared.get(index) or self._constants(index, carry.w))
+        elif self._plain(index) and self._noise_mode != "random":
+            value = self._fused(index, x, self._constants(index, carry.w))
+        else:
             return super()._step(index, x, carry)
-        style = self._style(self._styled(index).conv, style_number(carry[0], index))
-        return self._advance(index, self._value_of_one(index, x, style), carry)
+        return self._advance(index, value, carry)
 
     def _captured_value(self, index: int, x: Tensor, key: Tensor, style: Tensor) -> Tensor:
         if len(x) == 1 and self._one_by_one(index):
-            return self._value_of_one(index, x, style)
+            return self._value_of_one(index, x, self._constants_of(index, style))
+        if self._plain(index):
+            return self._fused(index, x, self._constants_of(index, style))
         return super()._captured_value(index, x, key, style)
 
-    def _value_of_one(self, index: int, x: Tensor, style: Tensor) -> Tensor:
-        """x: 1 x I x h x w, the layer's input, style: 1 x I -> the value, 1 x O x H x W.
+    def _constants(self, index: int, w: Tensor) -> _Constants:
+        """w: B x w_dim or B x num_ws x w_dim -> what layer number `index` needs beside the map."""
+        return self._constants_of(index, self._style(self._styled(index).conv, style_number(w, index)))
+
+    def _constants_of(self, index: int, style: Tensor) -> _Constants:
+        """style: B x I"""
+        styled = self._styled(index)
+        scale = self._demodulation(styled.conv, style) * GAIN
+        prepared = prepare_conv3x3(styled.conv.weight[0]) if self._plain(index) else None
+        return _Constants(style, scale, self._noise(index) * GAIN, styled.activate.bias * GAIN, prepared)
+
+    def _fused(self, index: int, x: Tensor, c: _Constants) -> Tensor:
+        """x: B x I x H x W, the input of a layer without up-sampling -> the value, B x O x H x W."""
+        weight, extras = self._styled(index).conv.weight[0], {"noise": c.noise, "bias": c.bias, "prepared": c.weight}
+        return conv3x3(x, weight, in_scale=c.style, out_scale=c.scale, negative_slope=SLOPE, **extras)
+
+    def _value_of_one(self, index: int, x: Tensor, c: _Constants) -> Tensor:
+        """x: 1 x I x h x w, the layer's input -> the value, 1 x O x H x W.
 
         Where the map is larger than the weights it is cheaper to modulate these: that leaves two passes over the map
-        beside the convolution. The gain goes into the weights too, for gain * lrelu(x) is lrelu(gain * x).
+        beside the convolution.
         """
-        styled = self._styled(index)
-        conv = styled.conv
-        demodulation = self._demodulation(conv, style) * GAIN  # 1 x O
-        weight = conv.weight[0] * (demodulation.t() * style)[:, :, None, None]
+        if self._plain(index):
+            return self._fused(index, x, c)
+        conv = self._styled(index).conv
+        weight = conv.weight[0] * (c.scale.t() * c.style)[:, :, None, None]
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self._convolved(conv, x, weight, styled.activate.bias * GAIN)
-        return F.leaky_relu_(x.add_(self._noise_of(index, 1) * GAIN), SLOPE)
+        x = self._convolved(conv, x, weight, c.bias)
+        return F.leaky_relu_(x.add_(c.noise), SLOPE)
 
-    def _one_of(self, carry: tuple, row: int) -> tuple:
-        w, rgb, render = carry
-        return w[row : row + 1], None if rgb is None else rgb[row : row + 1], render
+    def _prepared(self, index: int, carry: _Carry) -> _Carry:
+        later = {i: self._constants(i, carry.w) for i in range(index, len(self._layers)) if self._one_by_one(i)}
+        return carry._replace(prepared=later)
 
-    def _joined(self, carries: list[tuple]) -> tuple:
-        ws, rgbs, renders = zip(*carries, strict=True)
-        return torch.cat(ws), None if rgbs[0] is None else torch.cat(rgbs), renders[0]
+    def _one_of(self, carry: _Carry, row: int) -> _Carry:
+        rows = slice(row, row + 1)
+        return carry._replace(
+            w=carry.w[rows],
+            rgb=None if carry.rgb is None else carry.rgb[rows],
+            prepared={i: c._replace(style=c.style[rows], scale=c.scale[rows]) for i, c in carry.prepared.items()},
+        )
+
+    def _joined(self, carries: list[_Carry]) -> _Carry:
+        ws, rgbs = [carry.w for carry in carries], [carry.rgb for carry in carries]
+        return _Carry(torch.cat(ws), None if rgbs[0] is None else torch.cat(rgbs), carries[0].render)
 
     def _noise(self, index: int) -> Tensor:
         noise = getattr(self.noises, f"noise_{index}")[0, 0]
@@ -259,19 +333,18 @@ class StyleGAN2(StyleBased):
         self._require_fixed_noise()
         return super().keys(layer, z)
 
-    def _captured(self, layer: str | EditableLayer, x: Tensor, carry: tuple) -> Activation:
+    def _captured(self, layer: str | EditableLayer, x: Tensor, carry: _Carry) -> Activation:
         self._require_fixed_noise()
         return super()._captured(layer, x, carry)
 
-    def _advance(self, index: int, value: Tensor, carry: tuple) -> tuple[Tensor, tuple]:
-        w, rgb, render = carry
-        if render and index % 2 == 0:
+    def _advance(self, index: int, value: Tensor, carry: _Carry) -> tuple[Tensor, _Carry]:
+        if carry.render and index % 2 == 0:
             to_rgb = self.to_rgb1 if index == 0 else self.to_rgbs[index // 2 - 1]
-            rgb = to_rgb(value, style_number(w, index + 1), rgb)
-        return value, (w, rgb, render)
+            carry = carry._replace(rgb=to_rgb(value, style_number(carry.w, index + 1), carry.rgb))
+        return value, carry
 
-    def _image(self, x: Tensor, carry: tuple) -> Tensor:
-        return carry[1]
+    def _image(self, x: Tensor, carry: _Carry) -> Tensor:
+        return carry.rgb
 
     def conv_layer(self, layer: str | EditableLayer) -> ConvLayer:
         from pyrewrite.ops.insertion import ConvLayer

@@ -7,6 +7,7 @@ torch tensors and need nothing else of this package.
 
 from pyrewrite.ops._library import MissingKernelError
 from pyrewrite.ops.closed_form import solve_low_rank
+from pyrewrite.ops.convolution import conv3x3, conv3x3_kernel_takes, conv3x3_ref, prepare_conv3x3
 from pyrewrite.ops.insertion import (
     ConvLayer,
     Insertion,
@@ -29,6 +30,9 @@ __all__ = [
     "InsertionTarget",
     "MissingKernelError",
     "ProjectedInsertion",
+    "conv3x3",
+    "conv3x3_kernel_takes",
+    "conv3x3_ref",
     "crop_key",
     "demodulation",
     "insert_low_rank",
@@ -37,6 +41,7 @@ __all__ = [
     "insertion_loss",
     "key_size",
     "layer_values",
+    "prepare_conv3x3",
     "project",
     "project_",
     "project_adam_",

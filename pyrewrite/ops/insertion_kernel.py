@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MUTATED = ("lambda_", "exp_avg", "exp_avg_sq", "losses")
 
 
-@torch.library.custom_op("pyrewrite::insertion_steps_", mutates_args=MUTATED)
+@_library.torch_operator("pyrewrite::insertion_steps_", mutates=MUTATED)
 def insertion_steps_(
     lambda_: Tensor,
     exp_avg: Tensor,

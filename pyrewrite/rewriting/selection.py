@@ -138,18 +138,21 @@ def islands(area: Tensor) -> list[int]:
             run = parent[run]
         return run
 
-    above: list[tuple[int, int, int]] = []  # runs of painted pixels in the row above: start, end, number
-    for row in np.asarray((area > 0).cpu(), dtype=np.int8):
-        edges = np.diff(row, prepend=0, append=0)
-        runs = []
-        for start, end in zip((edges == 1).nonzero()[0].tolist(), (edges == -1).nonzero()[0].tolist(), strict=True):
-            run = len(parent)
-            parent.append(run)
-            sizes.append(end - start)
-            for other_start, other_end, other in above:
-                if other_start < end and start < other_end and (found := root(other)) != root(run):
-                    sizes[root(run)] += sizes[found]
-                    parent[found] = root(run)
-            runs.append((start, end, run))
-        above = runs
+    painted = np.asarray((area > 0).cpu(), dtype=np.int8)
+    edges = np.diff(painted, axis=1, prepend=0, append=0)  # 1 where a run of painted pixels starts, -1 after its end
+    rows, starts = (edges == 1).nonzero()
+    ends = (edges == -1).nonzero()[1]
+    above: list[tuple[int, int, int]] = []  # the runs in the row above: start, end, number
+    runs: list[tuple[int, int, int]] = []  # those in this row
+    current = -1
+    for run, (row, start, end) in enumerate(zip(rows.tolist(), starts.tolist(), ends.tolist(), strict=True)):
+        if row != current:
+            above, runs, current = runs if row == current + 1 else [], [], row
+        parent.append(run)
+        sizes.append(end - start)
+        for other_start, other_end, other in above:
+            if other_start < end and start < other_end and (found := root(other)) != root(run):
+                sizes[root(run)] += sizes[found]
+                parent[found] = root(run)
+        runs.append((start, end, run))
     return sorted((size for run, size in enumerate(sizes) if parent[run] == run), reverse=True)
