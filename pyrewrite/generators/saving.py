@@ -41,7 +41,7 @@ def save_generator(generator: Generator, path: str | os.PathLike) -> Path:
         )
     if generator.family == "stylegan2":
         mean = state.pop("latent_avg")
-        content = {"g_ema": state, "latent_avg": mean}
+        content = {"g_ema": state, "latent_avg": mean, **generator.file_settings()}
     elif generator.family == "progan":
         content = {"state_dict": state}
     elif generator.family == "stylegan3":

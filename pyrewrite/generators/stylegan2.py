@@ -65,6 +65,10 @@ class Bias(nn.Module):
 
 
 class StyledConv(nn.Module):
+    """clamp: bound of the value, as networks have it that were trained with 16-bit layers; None: no bound."""
+
+    clamp: float | None = None
+
     def __init__(self, conv: ModulatedConv):
         super().__init__()
         self.conv = conv
@@ -73,6 +77,10 @@ class StyledConv(nn.Module):
 
 
 class ToRGB(nn.Module):
+    """clamp: bound of what it adds to the colours; None: no bound."""
+
+    clamp: float | None = None
+
     def __init__(self, channels: int, i: int, style_dim: int, upsample: tuple[int, int] | None):
         super().__init__()
         self.bias = nn.Parameter(torch.empty(1, channels, 1, 1))
@@ -85,6 +93,8 @@ class ToRGB(nn.Module):
         style = self.conv.modulation(w.double()).to(w.dtype) * self.conv.scale  # B x I
         matrix = self.conv.weight[0, :, :, 0, 0] * style[:, None]  # B x C x I
         rgb = torch.bmm(matrix, x.flatten(2)).unflatten(2, x.shape[2:]) + self.bias
+        if self.clamp is not None:
+            rgb = rgb.clamp(-self.clamp, self.clamp)
         return rgb if skip is None else rgb + upsampled_by_two(skip, self.upsample.kernel)
 
 
@@ -176,6 +186,15 @@ class StyleGAN2(StyleBased):
         self._noise_mode = "fixed"
         self.requires_grad_(False).eval()
 
+    def clamping_parts(self) -> dict[str, StyledConv | ToRGB]:
+        """The parts that may clamp what they put out, under the names of their weights."""
+        parts = {"conv1": self.conv1, "to_rgb1": self.to_rgb1}
+        parts |= {f"convs.{n}": part for n, part in enumerate(self.convs)}
+        return parts | {f"to_rgbs.{n}": part for n, part in enumerate(self.to_rgbs)}
+
+    def file_settings(self) -> dict[str, float]:
+        return {f"{n}.conv_clamp": p.clamp for n, p in self.clamping_parts().items() if p.clamp is not None}
+
     # -- noise ---------------------------------------------------------
 
     @property
@@ -219,11 +238,16 @@ class StyleGAN2(StyleBased):
         scale, noise, bias = self._demodulation(conv, style), self._noise_of(index, len(key)), styled.activate.bias
         if self._plain(index) and noise.ndim == 2:
             extras = {"noise": noise * GAIN, "bias": bias * GAIN, "negative_slope": SLOPE}
-            return conv3x3(key, weight, out_scale=scale * GAIN, **extras)
+            return self._clamped(index, conv3x3(key, weight, out_scale=scale * GAIN, **extras))
         x = batch_independent(lambda x: self._convolved(conv, x, weight), key)
         x = x * scale[:, :, None, None]
         x = x + noise + bias[:, None, None]
-        return F.leaky_relu(x, SLOPE) * GAIN
+        return self._clamped(index, F.leaky_relu(x, SLOPE) * GAIN)
+
+    def _clamped(self, index: int, x: Tensor) -> Tensor:
+        """x: B x O x H x W, which may change."""
+        clamp = self._styled(index).clamp
+        return x if clamp is None else x.clamp_(-clamp, clamp)
 
     def _plain(self, index: int) -> bool:
         """Whether the layer has no up-sampling and this package's convolution is for it."""
@@ -277,7 +301,8 @@ class StyleGAN2(StyleBased):
     def _fused(self, index: int, x: Tensor, c: _Constants) -> Tensor:
         """x: B x I x H x W, the input of a layer without up-sampling -> the value, B x O x H x W."""
         weight, extras = self._styled(index).conv.weight[0], {"noise": c.noise, "bias": c.bias, "prepared": c.weight}
-        return conv3x3(x, weight, in_scale=c.style, out_scale=c.scale, negative_slope=SLOPE, **extras)
+        value = conv3x3(x, weight, in_scale=c.style, out_scale=c.scale, negative_slope=SLOPE, **extras)
+        return self._clamped(index, value)
 
     def _value_of_one(self, index: int, x: Tensor, c: _Constants) -> Tensor:
         """x: 1 x I x h x w, the layer's input -> the value, 1 x O x H x W.
@@ -291,7 +316,7 @@ class StyleGAN2(StyleBased):
         weight = conv.weight[0] * (c.scale.t() * c.style)[:, :, None, None]
         x = x.contiguous(memory_format=torch.channels_last)
         x = self._convolved(conv, x, weight, c.bias)
-        return F.leaky_relu_(x.add_(c.noise), SLOPE)
+        return self._clamped(index, F.leaky_relu_(x.add_(c.noise), SLOPE))
 
     def _prepared(self, index: int, carry: _Carry) -> _Carry:
         later = {i: self._constants(i, carry.w) for i in range(index, len(self._layers)) if self._one_by_one(i)}

@@ -47,7 +47,7 @@ def load(weights: Weights, noise_seed: int) -> StyleGAN2:
     _silent_layers(weights)
     optional = [n for n in table if n.endswith("noise_const") or n == "mapping.w_avg"]
     require_names(weights, [n for n in table if n not in optional or n in weights.tensors], WHAT)
-    _note_settings(weights)
+    _take_clamps(weights, table)
     renamed = {table[name]: _converted(weights, name) for name in weights.tensors}
     weights.rename(renamed, {ours: name for name, ours in table.items()})
     return stylegan2.load(weights, noise_seed)
@@ -140,13 +140,13 @@ def require_known_layers(weights: Weights, what: str) -> None:
             )
 
 
-def _note_settings(weights: Weights) -> None:
-    clamps = sorted({v for n, v in weights.beside.items() if n.endswith(".conv_clamp") and isinstance(v, (int, float))})
-    if clamps:
-        weights.notes.append(
-            f"the file clamps layers at {', '.join(map(str, clamps))}, for 16-bit layers: not done here, "
-            "where all is computed in float32"
-        )
+def _take_clamps(weights: Weights, table: dict[str, str]) -> None:
+    """The bounds of layers, which networks have that were trained with 16-bit layers, under the names here."""
+    ours = {theirs.removesuffix(".bias"): name.removesuffix(".bias") for theirs, name in table.items()}
+    for name in [name for name in weights.beside if name.endswith(".conv_clamp")]:
+        part = ours.get(name.removesuffix(".conv_clamp"))
+        if part is not None:
+            weights.beside[f"{part.removesuffix('.activate')}.conv_clamp"] = weights.beside[name]
 
 
 def _silent_layers(weights: Weights) -> None:

@@ -8,14 +8,12 @@ margin around the picture, and rates are powers of two.
 
 from __future__ import annotations
 
-import math
 import re
-from typing import Any
 
 import torch
 
 from pyrewrite.errors import CheckpointMismatchError
-from pyrewrite.generators.loading._names import Weights, fill, require_names, require_shape
+from pyrewrite.generators.loading._names import Weights, fill, positive_setting, require_names, require_shape
 from pyrewrite.generators.loading.nvidia import require_known_layers
 from pyrewrite.generators.stylegan3 import StyleGAN3, StyleGAN3LayerShape, StyleGAN3Shape
 from pyrewrite.generators.styles import MEAN_SAMPLES
@@ -170,13 +168,6 @@ def _number(weights: Weights, name: str, least: int, most: int) -> int:
     return int(value)
 
 
-def _positive(weights: Weights, name: str, otherwise: Any) -> Any:
-    value = weights.beside.get(name, otherwise)
-    if value is not None and (isinstance(value, (bool, str)) or not (math.isfinite(value) and value > 0)):
-        raise CheckpointMismatchError(f"{weights.origin}: {name} is {value!r}, expected a finite number above 0")
-    return value
-
-
 def _shape(
     weights: Weights, names: list[str], sizes: list[int], rate: int, factors: list[tuple[int, int]], mapping: int
 ) -> StyleGAN3Shape:
@@ -212,7 +203,7 @@ def _shape(
             f"{weights.origin} makes images of {rgb.weight[0]} channels; 1 (grey) and 3 (RGB) are supported"
         )
     largest = float(weights.tensors["synthesis.input.freqs"].double().norm(dim=-1).max())
-    bandwidth = _positive(weights, "synthesis.input.bandwidth", max(_BANDWIDTH, largest))
+    bandwidth = positive_setting(weights, "synthesis.input.bandwidth", max(_BANDWIDTH, largest))
     if not bandwidth < rate / 2:
         raise CheckpointMismatchError(
             f"{weights.origin}: Fourier features of frequencies up to {bandwidth:g} need a sampling rate above "
@@ -225,8 +216,8 @@ def _shape(
         bandwidth=float(bandwidth),
         layers=tuple(layers),
         rgb=rgb,
-        output_scale=float(_positive(weights, "synthesis.output_scale", _OUTPUT_SCALE)),
-        clamp=tuple(_positive(weights, f"synthesis.{name}.conv_clamp", clamp) for name in names),
+        output_scale=float(positive_setting(weights, "synthesis.output_scale", _OUTPUT_SCALE)),
+        clamp=tuple(positive_setting(weights, f"synthesis.{name}.conv_clamp", clamp) for name in names),
         labels=labels,
     )
 
