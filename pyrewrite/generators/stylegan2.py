@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyrewrite.generators.base import Activation, EditableLayer, batch_independent
+from pyrewrite.generators.base import PRECISIONS, Activation, EditableLayer, batch_independent
 from pyrewrite.generators.filters import blur_padding, filtered, upsampled_by_two
 from pyrewrite.generators.styles import EPSILON, GAIN, SLOPE, EqualLinear, StyleBased, style_number
 from pyrewrite.ops.convolution import conv3x3, conv3x3_kernel_takes, prepare_conv3x3
@@ -91,7 +91,7 @@ class ToRGB(nn.Module):
     def forward(self, x: Tensor, w: Tensor, skip: Tensor | None) -> Tensor:
         """x: B x I x H x W, skip: B x C x H/2 x W/2 or None -> B x C x H x W"""
         style = self.conv.modulation(w.double()).to(w.dtype) * self.conv.scale  # B x I
-        matrix = self.conv.weight[0, :, :, 0, 0] * style[:, None]  # B x C x I
+        matrix = (self.conv.weight[0, :, :, 0, 0] * style[:, None]).to(x.dtype)  # B x C x I
         rgb = torch.bmm(matrix, x.flatten(2)).unflatten(2, x.shape[2:]) + self.bias
         if self.clamp is not None:
             rgb = rgb.clamp(-self.clamp, self.clamp)
@@ -158,6 +158,7 @@ class StyleGAN2(StyleBased):
     """Layers layer2 (base resolution), layer3 (up-samples), layer4, ... as the official rewriting tool numbers them."""
 
     family = "stylegan2"
+    precisions = tuple(PRECISIONS)
 
     def __init__(self, shape: StyleGAN2Shape):
         super().__init__(shape.mapping, shape.labels)
@@ -272,7 +273,9 @@ class StyleGAN2(StyleBased):
         return filtered(x, conv.kernel, *blur_padding(conv.kernel, weight.shape[-1]), bias)
 
     def _step(self, index: int, x: Tensor, carry: _Carry) -> tuple[Tensor, _Carry]:
-        if len(x) == 1 and self._one_by_one(index):
+        if x.dtype != self.dtype:
+            value = self._value_in_half(index, x, carry.w)
+        elif len(x) == 1 and self._one_by_one(index):
             value = self._value_of_one(index, x, carry.prepared.get(index) or self._constants(index, carry.w))
         elif self._plain(index) and self._noise_mode != "random":
             value = self._fused(index, x, self._constants(index, carry.w))
@@ -317,6 +320,23 @@ class StyleGAN2(StyleBased):
         x = x.contiguous(memory_format=torch.channels_last)
         x = self._convolved(conv, x, weight, c.bias)
         return self._clamped(index, F.leaky_relu_(x.add_(c.noise), SLOPE))
+
+    def _value_in_half(self, index: int, x: Tensor, w: Tensor) -> Tensor:
+        """x: B x I x h x w in 16 bits, the layer's input -> the value, B x O x H x W in 16 bits.
+
+        What 16 bits may not hold is kept small: weights are scaled, and a style is divided by its largest number,
+        before the convolution and not after it.
+        """
+        styled = self._styled(index)
+        conv = styled.conv
+        style = self._style(conv, style_number(w, index))  # B x I
+        largest = style.abs().amax(1, keepdim=True).clamp_min(EPSILON)
+        scale = self._demodulation(conv, style) * (largest * GAIN / conv.scale)  # B x O
+        x = x * (style / largest).to(x.dtype)[:, :, None, None]
+        x = self._convolved(conv, x, (conv.weight[0] * conv.scale).to(x.dtype))
+        x = x * scale.to(x.dtype)[:, :, None, None] + (styled.activate.bias * GAIN).to(x.dtype)[:, None, None]
+        x = x + (self._noise_of(index, len(x)) * GAIN).to(x.dtype)
+        return self._clamped(index, F.leaky_relu_(x, SLOPE))
 
     def _prepared(self, index: int, carry: _Carry) -> _Carry:
         later = {i: self._constants(i, carry.w) for i in range(index, len(self._layers)) if self._one_by_one(i)}

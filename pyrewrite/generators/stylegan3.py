@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyrewrite.generators.base import EditableLayer
+from pyrewrite.generators.base import PRECISIONS, EditableLayer
 from pyrewrite.generators.filters import filtered_lrelu
 from pyrewrite.generators.styles import EPSILON, GAIN, SLOPE, EqualLinear, StyleBased, style_number
 
@@ -147,6 +147,7 @@ class StyleGAN3(StyleBased):
     """Layers layer2 (on the Fourier features, which are layer1), layer3, ...; the colours follow the last of them."""
 
     family = "stylegan3"
+    precisions = tuple(PRECISIONS)
 
     def __init__(self, shape: StyleGAN3Shape):
         super().__init__(shape.mapping, shape.labels)
@@ -193,15 +194,15 @@ class StyleGAN3(StyleBased):
         conv = self.convs[index]
         style = conv.style(style_number(carry, index + 1))  # B x I
         gained = (style * torch.rsqrt(conv.magnitude_ema.double())).to(x.dtype)
-        return x * gained[:, :, None, None], style.to(x.dtype)
+        return x * gained[:, :, None, None], style.to(self.dtype)
 
     def _value(self, index: int, key: Tensor, style: Tensor) -> Tensor:
         conv = self.convs[index]
         energy = conv.weight.square().sum((2, 3)).double()  # O x I
         norm = style.double().square() @ energy.t() * conv.scale**2
-        demodulation = (torch.rsqrt(norm + EPSILON) * conv.scale).to(key.dtype)  # B x O
-        x = F.conv2d(key, conv.weight, padding=conv.weight.shape[-1] - 1)
-        return x * demodulation[:, :, None, None] + conv.bias[:, None, None]
+        demodulation = torch.rsqrt(norm + EPSILON).to(key.dtype)  # B x O
+        x = F.conv2d(key, (conv.weight * conv.scale).to(key.dtype), padding=conv.weight.shape[-1] - 1)
+        return x * demodulation[:, :, None, None] + conv.bias.to(key.dtype)[:, None, None]
 
     def _advance(self, index: int, value: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
         return self.convs[index].activated(value), carry
@@ -209,8 +210,8 @@ class StyleGAN3(StyleBased):
     def _image(self, x: Tensor, carry: Tensor) -> Tensor:
         rgb = self.to_rgb
         gain = torch.rsqrt(rgb.magnitude_ema.double()) / math.sqrt(rgb.weight.shape[1])
-        style = (rgb.affine(style_number(carry, self.num_ws - 1).double()) * gain).to(x.dtype)  # B x I
-        matrix = rgb.weight[:, :, 0, 0] * style[:, None]  # B x C x I
+        style = (rgb.affine(style_number(carry, self.num_ws - 1).double()) * gain).to(self.dtype)  # B x I
+        matrix = (rgb.weight[:, :, 0, 0] * style[:, None]).to(x.dtype)  # B x C x I
         image = torch.bmm(matrix, x.flatten(2)).unflatten(2, x.shape[2:]) + rgb.bias[:, None, None]
         if rgb.clamp is not None:
             image = image.clamp(-rgb.clamp, rgb.clamp)

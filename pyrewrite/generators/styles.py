@@ -166,7 +166,7 @@ class StyleBased(Generator):
 
     def synthesis(self, w: Tensor) -> Tensor:
         """Images (B x 3 x H x W in [-1, 1]) of w, B x w_dim (W) or B x num_ws x w_dim (W+), as it is: not truncated."""
-        return self._render_from(0, *self._begin_w(self._checked_w(w), render=True))
+        return self._render(*self._begin_w(self._checked_w(w), render=True))
 
     def capture_w(self, layer: str | EditableLayer, w: Tensor) -> Activation:
         """`capture` for w, B x w_dim (W) or B x num_ws x w_dim (W+), as it is: not truncated."""

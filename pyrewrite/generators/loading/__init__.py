@@ -129,6 +129,7 @@ def load_generator(
     truncation: float = 1.0,
     family: str | None = None,
     seed: int = 1,
+    precision: str = "fp32",
 ) -> Generator:
     """A generator from a checkpoint, or a bundled one by its name.
 
@@ -143,6 +144,7 @@ def load_generator(
     family      "stylegan2", "stylegan3", "progan", "dcgan" or a registered one makes a file of another family an error;
                 None takes what the file holds
     seed        for the noise of layers whose noise the file does not hold
+    precision   "fp32", "bf16" or "fp16", of the maps of whole images; see Generator.precision
 
     Raises FileNotFoundError, IsADirectoryError, CheckpointError (not a checkpoint, damaged, wrong names or shapes, NaN;
     always a ValueError that names the file) and ValueError for the other arguments. Nothing is loaded in part, and
@@ -167,7 +169,7 @@ def load_generator(
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise CheckpointMismatchError(f"{path} is not a whole {layout.what}: {reason}") from error
     generator.path, generator.layout = path, layout.name
-    generator.truncation = truncation
+    generator.truncation, generator.precision = truncation, precision
     return generator.to(device)
 
 
