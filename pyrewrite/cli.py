@@ -108,8 +108,8 @@ def convert(file: str, out: str, as_json: bool) -> None:
 
     \b
     .safetensors  all families, class labels too, with family and hash beside the weights
-    .pt, .pth     StyleGAN2: rosinality's {g_ema, latent_avg}; Progressive GAN: the official {state_dict};
-                  DCGAN: the state dict of the PyTorch tutorial
+    .pt, .pth     StyleGAN2: rosinality's {g_ema, latent_avg}; StyleGAN3: {G_ema} with NVIDIA's names;
+                  Progressive GAN: the official {state_dict}; DCGAN: the state dict of the PyTorch tutorial
 
     The result is loaded again and compared with what was written.
     """

@@ -20,6 +20,7 @@ from pyrewrite.generators.network import Activation, EditableLayer, EditableNetw
 # Image number n needs the first (n + 1) * z_dim draws of the random stream: a mistyped number must not run for hours.
 MAX_NUMBER = 1_000_000
 _ROWS_PER_DRAW = 4096
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def image_numbers(numbers: int | Iterable[int]) -> list[int]:
@@ -114,12 +115,13 @@ def _workers(threads: int, process: int) -> ThreadPoolExecutor:
 class Generator(EditableNetwork):
     """A pretrained generator as a sequence of named, editable layers.
 
-    family      "stylegan2", "progan" or "dcgan"
+    family      "stylegan2", "stylegan3", "progan" or "dcgan"
     z_dim       length of a latent
     image_size  height and width of the images
     truncation  w is pulled towards the mean latent: w_mean + truncation * (w - w_mean); 1 is off
     classes     number of class labels; 0 for a generator without
     label       the class of all images, 0 to classes - 1; None for a generator without classes
+    precision   "fp32", "bf16" or "fp16": the maps of whole images; weights, keys and edits are always float32
     path        the file it was loaded from
     layout      how that file named the weights, such as "rosinality"
     """
@@ -127,7 +129,9 @@ class Generator(EditableNetwork):
     z_dim: int
     image_channels: int
     classes: int = 0
+    precisions: tuple[str, ...] = ("fp32",)  # a family whose layers compute in the map's data type lists all
     _label: int | None = None
+    _precision: str = "fp32"
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,12 +179,31 @@ class Generator(EditableNetwork):
             raise ValueError(f"label is a class number from 0 to {self.classes - 1}, got {value!r}")
         self._label = value
 
+    @property
+    def precision(self) -> str:
+        """The data type of the maps between the layers of `forward`, `images` and `synthesis`.
+
+        "bf16" and "fp16" are for looking at pictures, faster on hardware that is made for them. The weights stay as
+        they are, and so does what keys, statistics and edits are computed from: keys, capture and finish.
+        """
+        return self._precision
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        if value not in self.precisions:
+            raise ValueError(f"precision of a {self.family} is one of {', '.join(self.precisions)}, got {value!r}")
+        self._precision = value
+
     def settings(self) -> dict[str, Any]:
         return {"label": self._label} if self.classes else {}
 
     def file_state(self) -> dict[str, Tensor]:
         """The weights as they are now, under the names that the family's files give them."""
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
+
+    def file_settings(self) -> dict[str, float]:
+        """Numbers that files keep beside the weights, under the names that the family's files give them."""
+        return {}
 
     def latents(self, numbers: int | Iterable[int], seed: int = 1) -> Tensor:
         """The latents of numbered images, B x z_dim, float32, on the generator's device. See `numbered_latents`."""
@@ -199,7 +222,13 @@ class Generator(EditableNetwork):
 
     def forward(self, z: Tensor) -> Tensor:
         """Images (B x 3 x H x W in [-1, 1]; one channel for a grey generator) of the latents z (B x z_dim)."""
-        return self._render_from(0, *self._begin(self._checked_latents(z), render=True))
+        return self._render(*self._begin(self._checked_latents(z), render=True))
+
+    def _render(self, x: Tensor, carry: Any) -> Tensor:
+        """Images from the first layer's input on, with maps of `precision`."""
+        if self._precision != "fp32":
+            x = x.to(PRECISIONS[self._precision], memory_format=torch.channels_last)
+        return self._render_from(0, x, carry)
 
     def _step(self, index: int, x: Tensor, carry: Any) -> tuple[Tensor, Any]:
         """From the input of one layer to that of the next; overridden to be faster where possible."""
@@ -242,12 +271,12 @@ class Generator(EditableNetwork):
 
     def _render_from(self, index: int, x: Tensor, carry: Any) -> Tensor:
         for i in range(index, len(self._layers)):
-            if len(x) > 1 and self._one_by_one(i):
+            if len(x) > 1 and x.dtype == self.dtype and self._one_by_one(i):
                 carry = self._prepared(i, carry)
                 run = lambda b: self._render_from(i, x[b : b + 1], self._one_of(carry, b))  # noqa: E731, B023
                 return torch.cat(side_by_side(run, len(x)))
             x, carry = self._step(i, x, carry)
-        return self._image(x, carry).clamp(-1, 1)
+        return self._image(x, carry).to(self.dtype).clamp(-1, 1)
 
     def keys(self, layer: str | EditableLayer, z: Tensor) -> Tensor:
         """The key maps (B x I x h x w) of a layer. Runs the layers before it and nothing else."""
@@ -263,7 +292,8 @@ class Generator(EditableNetwork):
         index = self._index(layer)
         x, carry = self._input_of(index, x, carry)
         key, style = self._key(index, x, carry)
-        return Activation(key, self._captured_value(index, x, key, style), style, self._noise(index), carry)
+        value, info = self._captured_value(index, x, key, style), self.find_layer(layer)
+        return Activation(key, value, style, self._noise(index), carry, info.margin, info.key_margin)
 
     def _captured_value(self, index: int, x: Tensor, key: Tensor, style: Tensor | None) -> Tensor:
         """The value map, rounded as `forward` rounds it."""

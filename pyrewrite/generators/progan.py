@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyrewrite.generators.base import EditableLayer, Generator, batch_independent
+from pyrewrite.generators.base import PRECISIONS, EditableLayer, Generator, batch_independent
 from pyrewrite.ops.convolution import conv3x3, conv3x3_kernel_takes, prepare_conv3x3
 
 if TYPE_CHECKING:
@@ -68,6 +68,9 @@ class ProGANShape:
 def _pixel_norm(x: Tensor) -> Tensor:
     """B x C x H x W, each pixel to a mean square of 1 over the channels; channels_last."""
     x = x.contiguous(memory_format=torch.channels_last)
+    if x.dtype in (torch.float16, torch.bfloat16):  # squares may be beyond 16 bits
+        square = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).square() / x.shape[1]
+        return x * torch.rsqrt(square + EPSILON).to(x.dtype)
     return x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPSILON)
 
 
@@ -75,6 +78,7 @@ class ProGAN(Generator):
     """Layers layer1 (the latent, 4 x 4 convolution with full padding), layer2, layer3 (on the up-sampled map), ..."""
 
     family = "progan"
+    precisions = tuple(PRECISIONS)
 
     def __init__(self, shape: ProGANShape):
         super().__init__()
@@ -117,8 +121,8 @@ class ProGAN(Generator):
         return x, None
 
     def _value(self, index: int, key: Tensor, style: None) -> Tensor:
-        weight, padding = self._block(index).conv.weight, self._padding(index)
-        if self._plain(index):
+        weight, padding = self._block(index).conv.weight.to(key.dtype), self._padding(index)
+        if self._plain(index) and key.dtype == self.dtype:
             return conv3x3(key, weight)
         if self._one_by_one(index):
             return F.conv2d(key, weight, padding=padding)
@@ -137,7 +141,7 @@ class ProGAN(Generator):
         without the up-sampled map.
         """
         block = self._block(index)
-        if self._plain(index):
+        if self._plain(index) and x.dtype == self.dtype:
             weight, prepared = block.conv.weight, carry.get(index)
             x = conv3x3(_pixel_norm(x), weight, upsample=self._upsamples(index), prepared=prepared)
         else:
@@ -154,7 +158,7 @@ class ProGAN(Generator):
     def _image(self, x: Tensor, carry: Any) -> Tensor:
         block = getattr(self, self._output_name)
         x = _pixel_norm(x)
-        return block.scaled(F.conv2d(x, block.conv.weight))
+        return block.scaled(F.conv2d(x, block.conv.weight.to(x.dtype)))
 
     def mean_style(self, layer: str | EditableLayer) -> None:
         self.find_layer(layer)

@@ -72,9 +72,12 @@ def encode_mask(mask: np.ndarray | Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def mask_on_map(url: str, size: tuple[int, int], image_size: tuple[int, int], what: str = "mask") -> Tensor:
+def mask_on_map(
+    url: str, size: tuple[int, int], image_size: tuple[int, int], what: str = "mask", margin: int = 0
+) -> Tensor:
     """The mask on a map of `size` (rows, columns): float32 H x W in [0, 1].
 
+    margin: pixels of the map around the picture, on every side; nothing is painted there.
     The mask may be of another size than the image (the official tool paints on 256 x 256 canvases for every
     generator) but must have the image's proportions, else EditError.
     """
@@ -84,8 +87,9 @@ def mask_on_map(url: str, size: tuple[int, int], image_size: tuple[int, int], wh
             f"{what}: the mask is {image.width} x {image.height} pixels and the image "
             f"{image_size[1]} x {image_size[0]}: expected the same proportions"
         )
-    resized = image.resize((size[1], size[0]), resample=Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(resized)).float() / 255  # H x W
+    resized = image.resize((size[1] - 2 * margin, size[0] - 2 * margin), resample=Image.Resampling.BILINEAR)
+    area = torch.from_numpy(np.array(resized)).float() / 255
+    return torch.nn.functional.pad(area, (margin,) * 4) if margin else area  # H x W
 
 
 def bounding_box(area: Tensor, what: str = "mask") -> Box:
