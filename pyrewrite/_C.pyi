@@ -36,9 +36,6 @@ def insertion_steps_cpu(
     settings: Sequence[float],
     threads: int,
 ) -> None: ...
-
-conv3x3_channels: int
-
 def conv3x3_prepare(weight: int, strides: _Four, out: int, in_: int, prepared: int) -> None: ...
 def upconv3x3_prepare(weight: int, strides: _Four, out: int, in_: int, prepared: int) -> None: ...
 def conv3x3_cpu(

@@ -17,7 +17,6 @@ using ConvolutionFilter = std::array<float, 4>;
 
 inline void bind_convolution(pybind11::module_& m) {
   namespace py = pybind11;
-  m.attr("conv3x3_channels") = kConvChannels;
   const auto bind_prepare = [&m](const char* name, auto* prepare) {
     m.def(
         name,

@@ -137,7 +137,8 @@ def test_a_bad_value_reaches_its_neighbours_and_nothing_else(value):
 
 
 def test_the_rule_for_impl_none():
-    assert _C.conv3x3_channels == CHANNELS
+    with pytest.raises(RuntimeError, match=f"8 and 16 channels, expected multiples of {CHANNELS}"):
+        _C.conv3x3_cpu([0] * 7, (0, 0, 0, 8, 16), False, 1.0, 1)
     x, weight, settings = problem()
     assert conv3x3_kernel_takes(weight)
     for other in (weight[:15], weight[:, :5], weight.double(), weight[:, :, :1, :1], weight[:0], weight.half()):
