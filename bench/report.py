@@ -20,6 +20,7 @@ except ImportError:  # Python 3.10
 
 import torch
 
+import bench.convolution
 import bench.insertion
 import bench.projection
 import bench.second_moment
@@ -31,6 +32,7 @@ KERNELS = {
     "second_moment": bench.second_moment.case,
     "projection": bench.projection.case,
     "insertion": bench.insertion.case,
+    "convolution": bench.convolution.case,
 }
 COLUMNS = ("way", "ms", "ratio", "GB/s", "TFLOP/s", "% of floor", "error")
 
