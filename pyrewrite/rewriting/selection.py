@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -125,8 +126,27 @@ def grow(box: Box, margin: int, size: tuple[int, int]) -> Box:
 
 def islands(area: Tensor) -> list[int]:
     """The sizes in pixels of the 4-connected regions of area > 0 (H x W), largest first."""
+    runs, root = _runs(area)
+    sizes: dict[int, int] = {}
+    for number, (_, start, end) in enumerate(runs):
+        sizes[root(number)] = sizes.get(root(number), 0) + end - start
+    return sorted(sizes.values(), reverse=True)
+
+
+def connected_region(area: Tensor, y: int, x: int) -> Tensor:
+    """The 4-connected region of area > 0 (H x W) that pixel (y, x) is in, H x W bool; empty where it is in none."""
+    runs, root = _runs(area)
+    region = torch.zeros(area.shape, dtype=torch.bool)
+    here = [i for i, (row, start, end) in enumerate(runs) if row == y and start <= x < end]
+    for number, (row, start, end) in enumerate(runs):
+        if here and root(number) == root(here[0]):
+            region[row, start:end] = True
+    return region
+
+
+def _runs(area: Tensor) -> tuple[list[tuple[int, int, int]], Callable[[int], int]]:
+    """The runs of area > 0 in each row, (row, start, end), and a function from a run's number to its region's."""
     parent: list[int] = []  # of a run's region; a root is its own parent
-    sizes: list[int] = []
 
     def root(run: int) -> int:
         while parent[run] != run:
@@ -134,18 +154,17 @@ def islands(area: Tensor) -> list[int]:
             run = parent[run]
         return run
 
-    above: list[tuple[int, int, int]] = []  # runs of painted pixels in the row above: start, end, number
-    for row in np.asarray((area > 0).cpu(), dtype=np.int8):
+    runs: list[tuple[int, int, int]] = []
+    above = range(0)  # numbers of the runs in the row above
+    for y, row in enumerate(np.asarray((area > 0).cpu(), dtype=np.int8)):
         edges = np.diff(row, prepend=0, append=0)
-        runs = []
+        first = len(runs)
         for start, end in zip((edges == 1).nonzero()[0].tolist(), (edges == -1).nonzero()[0].tolist(), strict=True):
-            run = len(parent)
-            parent.append(run)
-            sizes.append(end - start)
-            for other_start, other_end, other in above:
-                if other_start < end and start < other_end and (found := root(other)) != root(run):
-                    sizes[root(run)] += sizes[found]
-                    parent[found] = root(run)
-            runs.append((start, end, run))
-        above = runs
-    return sorted((size for run, size in enumerate(sizes) if parent[run] == run), reverse=True)
+            number = len(runs)
+            parent.append(number)
+            runs.append((y, start, end))
+            for other in above:
+                if runs[other][1] < end and start < runs[other][2]:
+                    parent[root(other)] = root(number)
+        above = range(first, len(runs))
+    return runs, root

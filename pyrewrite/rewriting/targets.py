@@ -186,9 +186,7 @@ def paste_target(
     """The insertion target for one image: the object at the centre of its mask, with `margin` unchanged pixels around
     its box.
     """
-    goal, box = paste_values(
-        captured.value[captured.index[selection.image]], thing, selection, image_size, what, shift
-    )
+    goal, box = paste_values(captured.value[captured.index[selection.image]], thing, selection, image_size, what, shift)
     weight = None
     if weighting == "alpha":
         weight = torch.zeros(captured.value_size, device=goal.device)  # H x W
