@@ -325,7 +325,7 @@ def _stack(r: Request) -> Reply:
             raise ValueError(f"order is {order!r:.60}; expected the ids {', '.join(map(str, edits))}, each once")
         r.change("order of the edits", r.document.replace(edits=tuple(edits[i] for i in order)))
         return {}
-    name = "remove" if "remove" in r.fields else "id"
+    name = "remove" if "remove" in r.fields else "edit"
     chosen = r.fields.any(name)
     if isinstance(chosen, bool) or not isinstance(chosen, int) or chosen not in edits:
         raise ValueError(
