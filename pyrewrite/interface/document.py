@@ -33,7 +33,7 @@ class Mask:
         expected = -(-self.size * self.size // 8)
         if len(self.bits) != expected:
             raise EditError(
-                f"mask: {len(self.bits)} bytes; expected {expected}, one bit for each of {self.size} x {self.size} pixels"
+                f"mask: {len(self.bits)} bytes; expected {expected}, a bit for each of {self.size} x {self.size} pixels"
             )
         spare = expected * 8 - self.size * self.size  # bits behind the last pixel: two equal masks have equal bytes
         if spare and self.bits[-1] & ((1 << spare) - 1):

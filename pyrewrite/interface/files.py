@@ -45,9 +45,9 @@ HELP = {
         ["Ctrl Z, Ctrl Shift Z", "undo, redo"],
     ],
     "pictures": (
-        "The pictures come from the generator: number n is always the same picture. A picture of your own has to become "
-        "a latent w of this generator first (by projection, with another tool); its .npy file of w_dim or num_ws x w_dim "
-        "numbers can then be uploaded and joins the strip."
+        "The pictures come from the generator: number n is always the same picture. A picture of your own has to "
+        "become a latent w of this generator first (by projection, with another tool); its .npy file of w_dim or "
+        "num_ws x w_dim numbers can then be uploaded and joins the strip."
     ),
 }
 
@@ -121,7 +121,9 @@ def _take(r: Request, record: Edit, label: str) -> None:
 
 def upload(r: Request) -> dict[str, Any]:
     kind = r.fields.choice("kind", ("edit", "patch", "latent"))
-    name = r.fields.name("name") if "name" in r.fields else "uploaded"
+    # The file's own name is for people only, and nothing is opened by it.
+    name = "".join(c for c in r.fields.text("name") if c.isprintable())[:64] if "name" in r.fields else ""
+    name = name or "uploaded"
     r.fields.end()
     data = one_buffer(r.buffers, kind, MAX_EDIT if kind == "edit" else MAX_UPLOAD)
     return {"edit": _upload_edit, "patch": _upload_patch, "latent": _upload_latents}[kind](r, name, data)
@@ -147,7 +149,8 @@ def _add(session: Session, patch: LowRankPatch, name: str, report: dict[str, Any
     made_for = (patch.generator or {}).get("hash")
     if made_for is not None and made_for != session.model.hash:
         raise PatchError(
-            f"{name} was made for a generator with weights {made_for[:12]}..., this one has {session.model.hash[:12]}..."
+            f"{name} was made for a generator with weights {made_for[:12]}..., "
+            f"this one has {session.model.hash[:12]}..."
         )
     digest = patch.digest
     if any(e.digest == digest for e in session.document.edits):
@@ -291,7 +294,7 @@ def bundled(session: Session) -> list[tuple[DemoEdit, Edit]]:
 
 def read_gallery(r: Request) -> dict[str, Any]:
     r.plain()
-    return {"edits": [{"name": d.name, "title": d.title, "layer": e.layer} for d, e in bundled(r.session)]}
+    return {"gallery": [{"name": d.name, "title": d.title, "layer": e.layer} for d, e in bundled(r.session)]}
 
 
 def gallery(r: Request) -> dict[str, Any] | None:
@@ -313,7 +316,7 @@ def gallery(r: Request) -> dict[str, Any] | None:
         session.ensure_statistics(record.layer, job)
         job.step, job.steps = 0, record.resolve().steps
         patch = session.model.rewriter(record.layer).solve(record, progress=jobs.progress_of(session, job))
-        report = {**patch.report.to_dict(), "elsewhere": None}
+        report = {**patch.report.to_dict(), "change_elsewhere": None}
         return {"edit": _add(session, patch, demo.title, report, demo.title), "report": report}
 
     jobs.start(r, "gallery", demo.title, run)

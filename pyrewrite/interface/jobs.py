@@ -99,7 +99,7 @@ def _finish(session: Session, solved: Document, record: Edit, patch: LowRankPatc
     patch.name = name
     report = patch.report.to_dict()
     edit = StackedEdit(session.next_edit, name, patch, strength=solved.strength, record=record.to_dict())
-    report["elsewhere"] = _change_elsewhere(session, solved, edit)
+    report["change_elsewhere"] = _change_elsewhere(session, solved, edit)
     if not all(math.isfinite(v) for v in (report["loss_before"], report["loss_after"], report["relative_size"])):
         raise ValueError("the solve left the finite numbers: a smaller learning rate may help")
     edit = StackedEdit(edit.id, name, patch, strength=edit.strength, report=report, record=edit.record)
@@ -112,14 +112,14 @@ def _finish(session: Session, solved: Document, record: Edit, patch: LowRankPatc
 
 
 def _change_elsewhere(session: Session, solved: Document, edit: StackedEdit) -> float:
-    """Mean |change| of the pixels, of a range of 255, over pictures that the edit has not seen."""
+    """Mean |change| of the pixels as a part of their range, over pictures that the edit has not seen."""
     model = session.model
     numbers = session.live.row(solved)
     before = model.pictures(numbers, {})
     (update,) = edit.effective.updates
     after = model.rendered_with(update, model.activations(update.layer, numbers, {}))
     changes = [float(abs(a.astype(float) - b.astype(float)).mean()) for a, b in zip(after, before, strict=True)]
-    return sum(changes) / len(changes) if changes else 0.0
+    return sum(changes) / len(changes) / 255 if changes else 0.0
 
 
 # -- searching ---------------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def outlines(session: Session, numbers: list[int], quantile: float) -> list[Mask
         return [Mask.of(above(match(row.key[0], direction), threshold, size)) for row in rows]
 
 
-# -- small things that need statistics -----------------------------------------------------------------------------------
+# -- small things that need statistics --------------------------------------------------------------------------------
 
 
 def click(r: Request, image: int, y: int, x: int, alike: float, add: bool) -> dict[str, Any] | None:

@@ -7,10 +7,12 @@ there the worker answers what has come in meanwhile, so that painting and pictur
 
 from __future__ import annotations
 
+import atexit
 import collections
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +49,7 @@ class Client:
 
 @dataclass(eq=False)
 class Job:
-    """Work that takes seconds. run: called in the worker, returns the reply. needs: the layer whose statistics it uses."""
+    """Work that takes seconds. run: called in the worker, returns the reply."""
 
     kind: str
     label: str
@@ -129,6 +131,7 @@ class Session:
         self._sending = threading.RLock()
         self._state: dict[str, Any] = {}
         self._push_state()
+        atexit.register(_close, weakref.ref(self))
         self._thread = threading.Thread(target=self._work, name="pyrewrite-session", daemon=True)
         self._thread.start()
 
@@ -199,6 +202,14 @@ class Session:
     def notice(self, level: str, message: str) -> None:
         """Tell every front end: level "info", "warning" or "error"."""
         self.broadcast({"type": "notice", "level": level, "message": message})
+
+    def send_state(self, client: Client) -> None:
+        """The state to one front end that asks for it."""
+        if self._dirty:
+            self._push_state()
+        with self._sending:
+            if client in self._clients:
+                self._send(client, self._state)
 
     def _push_state(self) -> None:
         self._revision += 1
@@ -449,6 +460,13 @@ class Session:
 
     def _preview(self) -> None:
         for message, buffers in self.live.step():
+            message = {"weights": self.model.weights(), **message}
             self.broadcast({"type": "preview", "revision": self._revision, **message}, buffers)
         if self.live.changed():
             self._dirty = True
+
+
+def _close(session: weakref.ref[Session]) -> None:
+    """At the interpreter's end: a thread inside torch must not outlive it."""
+    if (found := session()) is not None:
+        found.close()
