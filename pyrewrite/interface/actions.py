@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..edit import SETTING_NAMES
 from . import files, jobs
-from .document import Document, Mask, Region
+from .document import Document, Mask, Region, described
 from .fields import Fields, checked_integer, checked_number, one_buffer
 from .pictures import sheet
 from .state import RANGES
@@ -150,7 +150,7 @@ def _paint(r: Request) -> Reply:
     r.fields.end()
     painted = Region(image, mask) if mask.pixels else None
     r.change("paint" if painted else "clear the mask", r.document.replace(painted=painted))
-    return {"hash": mask.hash, "pixels": mask.pixels, "islands": list(mask.islands)}
+    return described(mask)
 
 
 @_action("click")
@@ -209,7 +209,7 @@ def _object_mask(r: Request) -> Reply:
         raise ValueError("there is no object: copy one first")
     region = Region(r.document.object.image, mask) if mask.pixels else None
     r.change("the object's mask", r.document.replace(object=region))
-    return {"hash": mask.hash, "pixels": mask.pixels, "islands": list(mask.islands)}
+    return described(mask)
 
 
 def _target(r: Request, image: Any) -> int:
@@ -433,6 +433,13 @@ def _known_picture(r: Request, number: Any) -> int:
 def _used(d: Document) -> set[int]:
     regions = (d.painted, d.object, d.paste, d.query, *d.context, *d.protect)
     return {*d.brought, *d.numbers, *(g.image for g in regions if g is not None)}
+
+
+@_read("state")
+def _state(r: Request) -> Reply:
+    r.plain()
+    r.session.send_state(r.client)
+    return {}
 
 
 @_read("mask")

@@ -88,6 +88,11 @@ class Mask:
         return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
 
+def described(mask: Mask) -> dict[str, Any]:
+    """What a reply says of a mask. hash: None for an empty one, which is kept nowhere."""
+    return {"hash": mask.hash if mask.pixels else None, "pixels": mask.pixels, "islands": list(mask.islands)}
+
+
 @dataclass(frozen=True)
 class Region:
     """A mask on a numbered picture."""

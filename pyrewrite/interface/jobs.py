@@ -12,7 +12,7 @@ from ..edit import Edit
 from ..rewriting import LowRankPatch, context_directions
 from ..rewriting.targets import context_examples
 from ..statistics.search import DirectionScan, match, scan_direction
-from .document import Document, Mask, StackedEdit
+from .document import Document, Mask, StackedEdit, described
 from .fields import checked_number
 from .hints import layer_hints
 from .pictures import above
@@ -227,7 +227,7 @@ def click(r: Request, image: int, y: int, x: int, alike: float, add: bool) -> di
         if add and painted is not None and painted.image == image:
             mask = Mask.of(mask.area | painted.mask.area)
         session.change("select", document.replace(painted=Region(image, mask)), ("click", image, y, x, add))
-        return {"hash": mask.hash, "pixels": mask.pixels, "islands": list(mask.islands)}
+        return described(mask)
 
     if session.model.has_statistics(layer):
         return select()

@@ -6,6 +6,7 @@ directions, one least squares fit, and the layers from the edited one on.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from typing import Any
 
@@ -28,6 +29,7 @@ class Live:
         self.model = model
         self.error: str | None = None
         self.note: str | None = None
+        self.key: str | None = None  # names what the pictures show; None while there are none
         self._document: Document | None = None
         self._wanted: Any = None  # what the preview depends on
         self._stages: list[str] = []
@@ -48,6 +50,10 @@ class Live:
         """Whether error or note differ from the last time this was asked."""
         told, self._told = self._told, (self.error, self.note)
         return told != self._told
+
+    def state(self, document: Document) -> dict[str, Any]:
+        """For the state message."""
+        return {"row": self.row(document), "key": self.key, "error": self.error, "note": self.note}
 
     def row(self, document: Document) -> list[int]:
         """Pictures that the edit has not seen: of the strip first."""
@@ -70,6 +76,7 @@ class Live:
         if wanted == self._wanted:
             return
         self._wanted, self._document, self._update = wanted, document, None
+        self.key = hashlib.sha256(repr(wanted).encode()).hexdigest()[:16] if ready else None
         self._since = time.perf_counter()
         self._stages = []
         if ready:
@@ -108,13 +115,8 @@ class Live:
             return []
         size = min(THUMBNAIL, self.model.generator.image_size)
         data, columns, media = sheet(pictures, size)
-        ms = round(1e3 * (time.perf_counter() - self._since), 1)
-        return [
-            (
-                {"kind": stage, "numbers": numbers, "size": size, "columns": columns, "media": media, "ms": ms},
-                [data],
-            )
-        ]
+        message = {"kind": stage, "key": self.key, "numbers": numbers, "size": size, "columns": columns, "media": media}
+        return [({**message, "ms": round(1e3 * (time.perf_counter() - self._since), 1)}, [data])]
 
     def _solve(self) -> LayerUpdate:
         d = self._document

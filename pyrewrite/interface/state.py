@@ -104,7 +104,12 @@ def of(session: Session) -> dict[str, Any]:
         "shown": session.shown,
         "weights": {"edited": model.weights(d.active), "original": model.weights([])},
         "matches": {"on": d.matches, "ready": d.matches and session.scan_ready()},
-        "live": {"row": session.live.row(d), "error": session.live.error, "note": session.live.note},
+        "live": {
+            "row": session.live.row(d),
+            "key": session.live.key,
+            "error": session.live.error,
+            "note": session.live.note,
+        },
         "can": can(session),
         "undo": session.history.undo_label,
         "redo": session.history.redo_label,
