@@ -42,8 +42,8 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def judge(self) -> None:
-        """Fill `warnings` from the measures and warn (EditWarning) about each."""
+    def judge(self, warn: bool = True) -> None:
+        """Fill `warnings` from the measures and, unless told not to, warn (EditWarning) about each."""
         if self.loss_before > 0 and self.loss_after > NOT_TAKEN * self.loss_before:
             self.warnings.append(
                 f"the edit did not take: the loss in the pasted boxes was {self.loss_before:.4g} and is "
@@ -62,7 +62,7 @@ class Report:
                 self.warnings.append(
                     f"{what} has {len(strays)} stray regions ({sum(strays)} pixels): they steer the edit too"
                 )
-        for text in self.warnings:
+        for text in self.warnings if warn else ():
             warnings.warn(text, EditWarning, stacklevel=3)
 
     def to_dict(self) -> dict[str, Any]:

@@ -41,7 +41,8 @@ class Rewriter:
     layer: a name out of `generator.layers`. samples, seed: images 0 to samples - 1 of that seed make the statistics;
     the seed also says which image a number in a record means. cache_dir: folder of the statistics cache (None: the
     user's cache folder, False: none). progress: of the statistics, True for a bar on stderr, False for none, or a
-    function of (images done, images in all). statistics: ready ones instead of collecting them.
+    function of (images done, images in all). statistics: ready ones instead of collecting them. follow: collect anew
+    when the keys change with the weights; False keeps what is there. warn: reports warn (EditWarning) beside saying so.
 
     Raises UnknownLayerError for a layer that is not there.
     """
@@ -56,15 +57,19 @@ class Rewriter:
         cache_dir: str | Path | bool | None = None,
         progress: Callable[[int, int], None] | bool = True,
         statistics: LayerStatistics | None = None,
+        follow: bool = True,
+        warn: bool = True,
     ) -> None:
         self.generator = generator
         self.layer = generator.find_layer(layer).name
         self.samples = samples
         self.seed = seed
         self.cache_dir = cache_dir
+        self.warn = warn
         self._progress = progress
+        self._follow = follow
         self._statistics = statistics or self._collect()
-        self._keys_hash = self._hash_of_keys()
+        self._keys_hash = self._hash_of_keys() if follow else None
 
     # -- statistics --------------------------------------------------------------------------------------------------
 
@@ -93,6 +98,8 @@ class Rewriter:
     @property
     def statistics(self) -> LayerStatistics:
         """The layer's statistics for the generator as it is now; collected again when its keys have changed."""
+        if not self._follow:
+            return self._statistics
         now = self._hash_of_keys()
         if now != self._keys_hash:
             self._statistics = self._collect()
@@ -151,7 +158,7 @@ class Rewriter:
         patch.name = " + ".join(e.name or "edit" for e in edits)
         for e in edits:
             patch.report.islands.update(_islands(e))
-        patch.report.judge()
+        patch.report.judge(warn=self.warn)
         return patch
 
     def erase(
@@ -206,7 +213,7 @@ class Rewriter:
         patch = self._insert(targets, captured, direction, settings, clock, progress, impl, edit.latents)
         patch.name = edit.name
         patch.settings["units"] = units
-        patch.report.judge()
+        patch.report.judge(warn=self.warn)
         return patch
 
     def zero(self, edit: Edit, **overrides) -> LowRankPatch:
@@ -256,7 +263,8 @@ class Rewriter:
         targets = [p.target for p in self._targets(captured, edit, settings)]
         penalty = self._penalty(direction, settings.preserve)
         conv = self.generator.conv_layer(self.layer)
-        return self._patch(direction, solve_low_rank(conv, direction, targets, penalty=penalty), settings)
+        lambda_ = solve_low_rank(conv, direction, targets, penalty=penalty)
+        return LowRankPatch([LayerUpdate(self.layer, direction.cpu(), lambda_.float().cpu())], name=edit.name)
 
     def images_of(self, edit: Edit, settings: Settings | None = None) -> list[int]:
         """The numbers of the images that solving the edit looks at, each once."""

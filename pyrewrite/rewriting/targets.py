@@ -79,7 +79,7 @@ def _capture_w(generator: Generator, layer: str, w: Tensor) -> Activation:
 
 
 def captured_from(layer: str, numbers: Sequence[int], parts: Sequence[Activation]) -> Captured:
-    """Activations of the numbered images, joined. NonFiniteError names the layer and the images with NaN or infinity."""
+    """Activations of the numbered images, joined. NonFiniteError names layer and images with NaN or infinity."""
     key = torch.cat([p.key for p in parts])  # B x I x h x w
     value = torch.cat([p.value for p in parts])  # B x O x H x W
     finite = torch.isfinite(key).flatten(1).all(1) & torch.isfinite(value).flatten(1).all(1)  # B
