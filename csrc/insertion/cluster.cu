@@ -23,6 +23,7 @@ __device__ __forceinline__ float quad_sum(float x) {
 
 struct Worker {
   const InsertionProblem& p;
+  const InsertionArrays& edit;
   const ClusterLayout& at;
   const Share& share;
   char* shared;
@@ -69,7 +70,7 @@ struct Worker {
     // Map pixel (i, j) is the key of tap (ty, tx) at pixel (i - ty, j - tx), for any tap that lands inside.
     const int ty = max(0, i - (p.heights[s.target] - 1)), tx = max(0, j - (w - 1));
     const int key = key_of((ty * p.kernel_width + tx) * rank + d);
-    return p.keys[std::int64_t(key) * p.pixels + p.starts[s.target] + (i - ty) * w + j - tx];
+    return edit.keys[std::int64_t(key) * p.pixels + p.starts[s.target] + (i - ty) * w + j - tx];
   }
 
   __device__ void put(std::int64_t row, int d, float scaled) const {
@@ -87,7 +88,7 @@ struct Worker {
       for (int i = threadIdx.x; i < p.rank * positions; i += T::kThreads)
         most = fmaxf(most, fabsf(map_value(s, i / positions, i % positions)));
       for (int u = s.begin + threadIdx.x; u < s.end; u += T::kThreads)
-        heaviest = fmaxf(heaviest, p.weight[p.starts[s.target] + u]);
+        heaviest = fmaxf(heaviest, edit.weight[p.starts[s.target] + u]);
     }
     map_scale = half_scale(largest(most));
     by_scale = half_scale(largest(heaviest) / p.channels * fmaxf(p.up, p.down));
@@ -109,11 +110,11 @@ struct Worker {
   }
 
   __device__ void load_demodulation(float* scales) const {
-    if (p.energy == nullptr) return;
+    if (!p.demodulate) return;
     const int k = p.rank * p.taps;
     for (int n = 0; n < share.count; ++n) {
       const int b = share.segments[n].target;
-      const float* gram = p.gram + std::int64_t(b) * p.rank * p.rank;
+      const float* gram = edit.gram + std::int64_t(b) * p.rank * p.rank;
       float most = 0.f;
       for (int i = threadIdx.x; i < p.rank * p.rank; i += T::kThreads) most = fmaxf(most, fabsf(gram[i]));
       const float scale = half_scale(largest(most));
@@ -126,7 +127,7 @@ struct Worker {
       for (int i = threadIdx.x; i < T::kChannels * at.keys; i += T::kThreads) {
         const int c = i / at.keys, key = key_of(i % at.keys);
         cross[std::int64_t(n) * T::kChannels * at.keys + i] =
-            key >= 0 && first + c < p.channels ? p.cross[(std::int64_t(b) * p.channels + first + c) * k + key] : 0.f;
+            key >= 0 && first + c < p.channels ? edit.cross[(std::int64_t(b) * p.channels + first + c) * k + key] : 0.f;
       }
     }
   }
@@ -151,17 +152,17 @@ struct Worker {
     if (threadIdx.x < T::kChannels) floats(at.demod)[threadIdx.x] = 1.f;
     __syncthreads();
     for_state([&](std::int64_t from, int c, int kk) {
-      own(0, c, kk) = p.lambda[from];
-      own(1, c, kk) = p.exp_avg[from];
-      own(2, c, kk) = p.exp_avg_sq[from];
+      own(0, c, kk) = edit.lambda[from];
+      own(1, c, kk) = edit.exp_avg[from];
+      own(2, c, kk) = edit.exp_avg_sq[from];
     });
   }
 
   __device__ void store_state() const {
     for_state([&](std::int64_t to, int c, int kk) {
-      p.lambda[to] = own(0, c, kk);
-      p.exp_avg[to] = own(1, c, kk);
-      p.exp_avg_sq[to] = own(2, c, kk);
+      edit.lambda[to] = own(0, c, kk);
+      edit.exp_avg[to] = own(1, c, kk);
+      edit.exp_avg_sq[to] = own(2, c, kk);
     });
   }
 
@@ -228,7 +229,7 @@ struct Worker {
       float total = 0.f;
       for (int w = 0; w < T::kWarps; ++w) total += sum(0, w, c);
       const float energy =
-          first + c < p.channels ? p.energy[std::int64_t(share.segments[n].target) * p.channels + first + c] : 1.f;
+          first + c < p.channels ? edit.energy[std::int64_t(share.segments[n].target) * p.channels + first + c] : 1.f;
       floats(at.demod)[c] = 1.f / sqrtf(energy + total);
     }
     __syncthreads();
@@ -254,8 +255,8 @@ struct Worker {
         const int c = first + i / 4 * 16 + i % 4 / 2 * 8 + lane / 4;
         const int u = min(s.begin + chunk + pixel[tile] + lane % 4 * 2 + i % 2, s.end - 1);
         const std::int64_t from = std::int64_t(c) * p.pixels + start + u;
-        base[tile][i / 4][i % 4] = c < p.channels ? p.base[from] : 0.f;
-        goal[tile][i / 4][i % 4] = c < p.channels ? p.goal[from] : 0.f;
+        base[tile][i / 4][i % 4] = c < p.channels ? edit.base[from] : 0.f;
+        goal[tile][i / 4][i % 4] = c < p.channels ? edit.goal[from] : 0.f;
       }
     }
     for (int tap = 0; tap < p.taps; ++tap) {
@@ -277,7 +278,7 @@ struct Worker {
     for (int r = 0; r < 4; ++r) {
       const int c = channel_of(r);
       demod[r] = floats(at.demod)[c];
-      bias[r] = first + c < p.channels ? p.bias[first + c] : 0.f;
+      bias[r] = first + c < p.channels ? edit.bias[first + c] : 0.f;
       scale[r] = floats(at.inverse)[c] / map_scale;
     }
 #pragma unroll
@@ -286,8 +287,8 @@ struct Worker {
       float noise[2], weight[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        noise[i] = p.noise[start + min(u + i, s.end - 1)];
-        weight[i] = u + i < s.end ? p.weight[start + u + i] / p.channels : 0.f;
+        noise[i] = edit.noise[start + min(u + i, s.end - 1)];
+        weight[i] = u + i < s.end ? edit.weight[start + u + i] / p.channels : 0.f;
       }
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
@@ -391,7 +392,7 @@ struct Worker {
       const Segment& s = share.segments[n];
       const int all = groups_of(s.end - s.begin);
       float by_demod[4] = {};
-      if (p.energy != nullptr) demodulate(n);
+      if (p.demodulate) demodulate(n);
       for (int group = 0; group < all; group += T::kChunkGroups) {
         const int groups = min(T::kChunkGroups, all - group), chunk = group * T::kGroup;
         if (warp + T::kWarps < groups)
@@ -402,7 +403,7 @@ struct Worker {
         accumulate(s, chunk, groups);
         __syncthreads();  // dloss / dz is used up, the gradient whole
       }
-      if (p.energy != nullptr) finish_segment(n, by_demod);
+      if (p.demodulate) finish_segment(n, by_demod);
     }
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -428,7 +429,7 @@ struct Worker {
   __device__ void collect(const cg::cluster_group& cluster) const {
     const int c = threadIdx.x / kShare, row = block * T::kOwned + c, channel = first + row;
     const float scale =
-        p.penalty_scale != nullptr && channel < p.channels ? p.penalty_scale[channel] * (2.f / p.channels) : 0.f;
+        edit.penalty_scale != nullptr && channel < p.channels ? edit.penalty_scale[channel] * (2.f / p.channels) : 0.f;
     for (int kk = threadIdx.x % kShare * 4; kk < at.keys; kk += kShare * 4) {
       float4* mine = reinterpret_cast<float4*>(floats(at.gradient) + row * at.gradient_row + kk);
       float total[4] = {};
@@ -437,7 +438,7 @@ struct Worker {
         for (int e = 0; e < p.rank; ++e)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            if (d + i < p.rank) total[i] += p.penalty_matrix[(d + i) * p.rank + e] * own(0, c, tap * rank + e);
+            if (d + i < p.rank) total[i] += edit.penalty_matrix[(d + i) * p.rank + e] * own(0, c, tap * rank + e);
 #pragma unroll
         for (int i = 0; i < 4; ++i) total[i] *= scale;
       }
@@ -499,12 +500,14 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const int block = cluster.block_rank(), rank = padded_rank(p.rank);
   if (threadIdx.x == 0) share_of(p, block, share);
   __syncthreads();
+  const InsertionArrays& edit = p.edits[blockIdx.y];
   Worker worker = {p,
+                   edit,
                    at,
                    share,
                    shared,
                    static_cast<unsigned>(__cvta_generic_to_shared(shared)),
-                   p.scratch + std::int64_t(blockIdx.x) * p.segments * T::kChannels * at.keys,
+                   edit.scratch + std::int64_t(blockIdx.x) * p.segments * T::kChannels * at.keys,
                    gram_scale,
                    static_cast<int>(blockIdx.x) / T::kBlocks * T::kChannels,
                    block,
@@ -523,7 +526,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   for (int step = 0; step < p.count; ++step) {
     worker.run_pixels();
     cluster.sync();  // every block's gradient is whole, Lambda is used up
-    worker.store_loss(p.block_losses + std::int64_t(blockIdx.x) * p.count + step);
+    worker.store_loss(edit.block_losses + std::int64_t(blockIdx.x) * p.count + step);
     worker.collect(cluster);
     __syncthreads();  // the own channels' Lambda has been read for the penalty
     worker.update(p.schedule[step]);
@@ -563,11 +566,11 @@ InsertionPlan plan_cluster(const InsertionProblem& p, const InsertionDevice& dev
   plan.blocks = plan.loss_rows = (p.channels + T::kChannels - 1) / T::kChannels * T::kBlocks;
   plan.channels_per_block = T::kChannels;
   plan.shared_bytes = static_cast<int>(at.size);
-  if (p.energy != nullptr) plan.scratch_floats = std::int64_t(plan.blocks) * plan.segments * T::kChannels * at.keys;
+  if (p.demodulate) plan.scratch_floats = std::int64_t(plan.blocks) * plan.segments * T::kChannels * at.keys;
   return plan;
 }
 
-cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream) {
+cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(cluster_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
   if (error != cudaSuccess) return error;
@@ -576,7 +579,7 @@ cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan,
   shape.val.clusterDim.x = T::kBlocks;
   shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = plan.blocks;
+  config.gridDim = dim3(plan.blocks, edits);
   config.blockDim = T::kThreads;
   config.dynamicSmemBytes = plan.shared_bytes;
   config.stream = stream;

@@ -97,10 +97,10 @@ __host__ __device__ inline ClusterLayout cluster_layout(const InsertionProblem& 
   at.lambda_row = at.keys * 2 + 16;
   at.by_row = T::kChunk * 2 + 16;
   at.gradient_row = at.keys + 8;
-  at.map = 0;                                                                                   // positions
-  at.gram = at.map + std::int64_t(positions) * at.position;                                     // segments x rank rows
-  at.lambda = at.gram + (p.gram != nullptr ? std::int64_t(segments) * rank * at.position : 0);  // hi, lo: channels rows
-  at.by = at.lambda + 2 * std::int64_t(T::kChannels) * at.lambda_row;                           // hi, lo: channels rows
+  at.map = 0;                                                                              // positions
+  at.gram = at.map + std::int64_t(positions) * at.position;                                // segments x rank rows
+  at.lambda = at.gram + (p.demodulate ? std::int64_t(segments) * rank * at.position : 0);  // hi, lo: channels rows
+  at.by = at.lambda + 2 * std::int64_t(T::kChannels) * at.lambda_row;                      // hi, lo: channels rows
   at.gradient = at.by + 2 * std::int64_t(T::kChannels) * at.by_row;         // channels x gradient_row floats
   at.own = at.gradient + 4 * std::int64_t(T::kChannels) * at.gradient_row;  // Lambda, mean, square: owned x keys floats
   at.places = at.own + 3 * 4 * std::int64_t(T::kOwned) * at.keys;           // of each pixel in the map, in bytes

@@ -118,6 +118,7 @@ template <int R, int C>
 struct Block {
   using T = Traits<R, C>;
   const InsertionProblem& p;
+  const InsertionArrays& edit;
   float* shared;
   const Layout& at;
   int first;     // channel of the block
@@ -134,24 +135,24 @@ struct Block {
         const int i = n / at.pitch, j = n % at.pitch;
         const int ty = max(0, i - (h - 1)), tx = max(0, j - (w - 1));
         shared[at.map + d * (h + 2) * at.pitch + n] =
-            tx < 3 ? p.keys[std::int64_t(key_of(d, ty * 3 + tx)) * p.pixels + (i - ty) * w + j - tx] : 0.f;
+            tx < 3 ? edit.keys[std::int64_t(key_of(d, ty * 3 + tx)) * p.pixels + (i - ty) * w + j - tx] : 0.f;
       }
     for (int n = threadIdx.x; n < 4 * at.tiles; n += T::kThreads) {
       const int x = n % (4 * at.tiles_x), u = n / (4 * at.tiles_x) * w + x;
       const bool inside = x < w;
-      shared[at.noise + n] = inside ? p.noise[u] : 0.f;
-      shared[at.weight + n] = inside ? p.weight[u] / p.channels : 0.f;
+      shared[at.noise + n] = inside ? edit.noise[u] : 0.f;
+      shared[at.weight + n] = inside ? edit.weight[u] / p.channels : 0.f;
       for (int c = 0; c < channels; ++c) {
         const bool there = inside && first + c < p.channels;
         const std::int64_t from = std::int64_t(first + c) * p.pixels + u;
-        shared[at.base + 4 * c * at.tiles + n] = there ? p.base[from] : 0.f;
-        shared[at.goal + 4 * c * at.tiles + n] = there ? p.goal[from] : 0.f;
+        shared[at.base + 4 * c * at.tiles + n] = there ? edit.base[from] : 0.f;
+        shared[at.goal + 4 * c * at.tiles + n] = there ? edit.goal[from] : 0.f;
       }
     }
     for (int n = threadIdx.x; n < channels * T::kKeys; n += T::kThreads) {
       const int c = n / T::kKeys, j = n % T::kKeys;
       const int k = key_of(j / kTaps, j % kTaps);
-      shared[at.lambda + n] = first + c < p.channels ? p.lambda[(first + c) * T::kKeys + k] : 0.f;
+      shared[at.lambda + n] = first + c < p.channels ? edit.lambda[(first + c) * T::kKeys + k] : 0.f;
     }
   }
 
@@ -166,7 +167,7 @@ struct Block {
 #pragma unroll
       for (int j = 0; j < T::kKeys + 2; ++j) sums[c][j] = 0.f;
       demod[c] = shared[at.demod + channel + c];
-      bias[c] = first + channel + c < p.channels ? p.bias[first + channel + c] : 0.f;
+      bias[c] = first + channel + c < p.channels ? edit.bias[first + channel + c] : 0.f;
     }
     const int map_stride = (p.heights[0] + 2) * at.pitch;
     const int skip_y = members / at.tiles_x, skip_x = members % at.tiles_x;
@@ -242,20 +243,21 @@ struct Optimizer {
 
   __device__ void load(const Block<R, C>& block, int c) {
     const InsertionProblem& p = block.p;
+    const InsertionArrays& edit = block.edit;
     channel = block.first + c;
     there = channel < p.channels;
-    demodulate = p.energy != nullptr;
-    energy = demodulate && there ? p.energy[channel] : 1.f;
-    scale = p.penalty_scale != nullptr && there ? p.penalty_scale[channel] * (2.f / p.channels) : 0.f;
+    demodulate = p.demodulate;
+    energy = demodulate && there ? edit.energy[channel] : 1.f;
+    scale = edit.penalty_scale != nullptr && there ? edit.penalty_scale[channel] * (2.f / p.channels) : 0.f;
 #pragma unroll
     for (int n = 0; n < kOwn; ++n) {
       const int j = threadIdx.x % 32 + 32 * n;
       const bool own = there && owns(n);
       const std::int64_t at = std::int64_t(channel) * T::kKeys + (own ? block.key_of(j / kTaps, j % kTaps) : 0);
-      lambda[n] = own ? p.lambda[at] : 0.f;
-      mean[n] = own ? p.exp_avg[at] : 0.f;
-      square[n] = own ? p.exp_avg_sq[at] : 0.f;
-      cross[n] = own && demodulate ? p.cross[at] : 0.f;
+      lambda[n] = own ? edit.lambda[at] : 0.f;
+      mean[n] = own ? edit.exp_avg[at] : 0.f;
+      square[n] = own ? edit.exp_avg_sq[at] : 0.f;
+      cross[n] = own && demodulate ? edit.cross[at] : 0.f;
     }
   }
 
@@ -272,10 +274,10 @@ struct Optimizer {
   }
 
   // gram Lambda and demod for the Lambda at hand. all: the channel's Lambda in shared memory, which this warp wrote.
-  __device__ void demodulation(const InsertionProblem& p, const float* all, float* place) {
+  __device__ void demodulation(const InsertionArrays& edit, const float* all, float* place) {
     demod = 1.f;
     if (demodulate) {
-      multiply_square(p.gram, all, product);
+      multiply_square(edit.gram, all, product);
       float norm2 = 0.f;
 #pragma unroll
       for (int n = 0; n < kOwn; ++n) norm2 += (2.f * cross[n] + product[n]) * lambda[n];
@@ -285,7 +287,7 @@ struct Optimizer {
   }
 
   // partial: the first of `count` warps' sums of this channel, `stride` apart.
-  __device__ void step(const InsertionProblem& p, const AdamStep& adam, const float* partial, int count, int stride,
+  __device__ void step(const InsertionArrays& edit, const AdamStep& adam, const float* partial, int count, int stride,
                        float* all, double* loss) {
     float by_demod = 0.f, sum = 0.f;
     for (int i = 0; i < count; ++i) {
@@ -294,11 +296,11 @@ struct Optimizer {
     }
     if (threadIdx.x % 32 == 0) *loss = there ? sum : 0.f;  // past the last channel the noise alone is left
     float gradient[kOwn];
-    if (p.penalty_matrix != nullptr) multiply_square(p.penalty_matrix, all, gradient);
+    if (edit.penalty_matrix != nullptr) multiply_square(edit.penalty_matrix, all, gradient);
 #pragma unroll
     for (int n = 0; n < kOwn; ++n) {
       const int j = threadIdx.x % 32 + 32 * n;
-      gradient[n] = p.penalty_matrix != nullptr ? gradient[n] * scale : 0.f;
+      gradient[n] = edit.penalty_matrix != nullptr ? gradient[n] * scale : 0.f;
       if (!owns(n)) continue;
       float data = 0.f;
       for (int i = 0; i < count; ++i) data += partial[i * stride + j];
@@ -316,15 +318,15 @@ struct Optimizer {
   }
 
   __device__ void store(const Block<R, C>& block) const {
-    const InsertionProblem& p = block.p;
+    const InsertionArrays& edit = block.edit;
 #pragma unroll
     for (int n = 0; n < kOwn; ++n) {
       const int j = threadIdx.x % 32 + 32 * n;
       if (!there || !owns(n)) continue;
       const std::int64_t at = std::int64_t(channel) * T::kKeys + block.key_of(j / kTaps, j % kTaps);
-      p.lambda[at] = lambda[n];
-      p.exp_avg[at] = mean[n];
-      p.exp_avg_sq[at] = square[n];
+      edit.lambda[at] = lambda[n];
+      edit.exp_avg[at] = mean[n];
+      edit.exp_avg_sq[at] = square[n];
     }
   }
 };
@@ -333,8 +335,9 @@ template <int R, int C>
 __global__ void __launch_bounds__(Traits<R, C>::kThreads, 1)
     resident_kernel(const __grid_constant__ InsertionProblem p, const __grid_constant__ Layout at, int channels) {
   using T = Traits<R, C>;
+  const InsertionArrays& edit = p.edits[blockIdx.y];
   extern __shared__ __align__(16) float shared[];
-  const Block<R, C> block = {p, shared, at, static_cast<int>(blockIdx.x) * channels, channels};
+  const Block<R, C> block = {p, p.edits[blockIdx.y], shared, at, static_cast<int>(blockIdx.x) * channels, channels};
   const int warp = threadIdx.x / 32, groups = channels / C, group_warps = T::kWarps / groups,
             group = warp / group_warps;
   // Warp c optimises channel c; warps are spread over the schedulers, so the four of them do not share one.
@@ -344,7 +347,7 @@ __global__ void __launch_bounds__(Traits<R, C>::kThreads, 1)
   if (optimises) optimizer.load(block, warp);
   __syncthreads();  // Lambda is whole
   float* lambda = shared + at.lambda + warp * T::kKeys;
-  if (optimises) optimizer.demodulation(p, lambda, shared + at.demod + warp);
+  if (optimises) optimizer.demodulation(edit, lambda, shared + at.demod + warp);
   __syncthreads();
   const int place = sums_place<T::kSums>(threadIdx.x % 32), held = sums_held<T::kSums>(threadIdx.x % 32, T::kSums);
   for (int step = 0; step < p.count; ++step) {
@@ -360,9 +363,9 @@ __global__ void __launch_bounds__(Traits<R, C>::kThreads, 1)
     __syncthreads();  // the partial sums are whole, Lambda is used up
     if (optimises) {
       const float* partial = shared + at.sums + warp / C * group_warps * T::kSums + warp % C * (T::kKeys + 2);
-      optimizer.step(p, *reinterpret_cast<const AdamStep*>(shared + at.adam), partial, group_warps, T::kSums, lambda,
-                     p.block_losses + (std::int64_t(blockIdx.x) * channels + warp) * p.count + step);
-      optimizer.demodulation(p, lambda, shared + at.demod + warp);
+      optimizer.step(edit, *reinterpret_cast<const AdamStep*>(shared + at.adam), partial, group_warps, T::kSums, lambda,
+                     edit.block_losses + (std::int64_t(blockIdx.x) * channels + warp) * p.count + step);
+      optimizer.demodulation(edit, lambda, shared + at.demod + warp);
     }
     __syncthreads();  // Lambda and demod are whole, the partial sums used up
   }
@@ -370,13 +373,14 @@ __global__ void __launch_bounds__(Traits<R, C>::kThreads, 1)
 }
 
 template <int R, int C>
-cudaError_t launch(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream) {
+cudaError_t launch(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(resident_kernel<R, C>, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
   if (error != cudaSuccess) return error;
   const int channels = plan.channels_per_block;
   const Layout at = layout_of(R, p.heights[0], p.widths[0], channels, Traits<R, C>::kWarps * Traits<R, C>::kSums);
-  resident_kernel<R, C><<<plan.blocks, Traits<R, C>::kThreads, plan.shared_bytes, stream>>>(p, at, channels);
+  resident_kernel<R, C>
+      <<<dim3(plan.blocks, edits), Traits<R, C>::kThreads, plan.shared_bytes, stream>>>(p, at, channels);
   return cudaGetLastError();
 }
 
@@ -408,11 +412,12 @@ InsertionPlan plan_resident(const InsertionProblem& p, const InsertionDevice& de
   return {};
 }
 
-cudaError_t launch_resident(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream) {
-  if (p.rank == 1) return plan.channels_per_block >= 2 ? launch<1, 2>(p, plan, stream) : launch<1, 1>(p, plan, stream);
-  if (p.rank == 2) return launch<2, 1>(p, plan, stream);
-  if (p.rank == 3) return launch<3, 1>(p, plan, stream);
-  return launch<4, 1>(p, plan, stream);
+cudaError_t launch_resident(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream) {
+  if (p.rank == 1)
+    return plan.channels_per_block >= 2 ? launch<1, 2>(p, plan, edits, stream) : launch<1, 1>(p, plan, edits, stream);
+  if (p.rank == 2) return launch<2, 1>(p, plan, edits, stream);
+  if (p.rank == 3) return launch<3, 1>(p, plan, edits, stream);
+  return launch<4, 1>(p, plan, edits, stream);
 }
 
 }  // namespace pyrewrite

@@ -9,11 +9,13 @@ from pyrewrite.ops._library import MissingKernelError
 from pyrewrite.ops.closed_form import solve_low_rank
 from pyrewrite.ops.insertion import (
     ConvLayer,
+    Edit,
     Insertion,
     InsertionTarget,
     crop_key,
     demodulation,
     insert_low_rank,
+    insert_low_rank_batch,
     insert_low_rank_ref,
     insertion_loss,
     key_size,
@@ -25,6 +27,7 @@ from pyrewrite.ops.second_moment import second_moment, second_moment_, second_mo
 
 __all__ = [
     "ConvLayer",
+    "Edit",
     "Insertion",
     "InsertionTarget",
     "MissingKernelError",
@@ -32,6 +35,7 @@ __all__ = [
     "crop_key",
     "demodulation",
     "insert_low_rank",
+    "insert_low_rank_batch",
     "insert_low_rank_ref",
     "insert_projected",
     "insertion_loss",
