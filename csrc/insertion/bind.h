@@ -19,8 +19,8 @@ using InsertionSizesList = std::array<int, 5>;              // channels, rank, t
 using InsertionShape = std::tuple<int, int, bool>;          // kernel height, kernel width, flipped
 using InsertionAddresses = std::array<std::uintptr_t, 11>;  // base, keys, goal, noise, weight, bias, energy, cross,
                                                             // gram, penalty scale, penalty matrix (0: null)
-using InsertionState = std::array<std::uintptr_t, 4>;  // lambda, exp_avg, exp_avg_sq, losses
-using InsertionNumbers = std::array<double, 6>;        // slope, gain, lr, beta1, beta2, eps
+using InsertionState = std::array<std::uintptr_t, 4>;       // lambda, exp_avg, exp_avg_sq, losses
+using InsertionNumbers = std::array<double, 6>;             // slope, gain, lr, beta1, beta2, eps
 
 // One edit, and the lists that its parameters point to.
 struct InsertionEdit {

@@ -231,6 +231,12 @@ KERNEL_CASES = [
     {"o": 9, "rank": 66, "i": 70, "sizes": ((6, 6), (3, 2)), "demodulate": True},
     {"o": 265, "rank": 66, "i": 70, "kernel": (1, 1), "sizes": ((80, 80),)},
     {"o": 40, "rank": 33, "i": 40, "sizes": ((4, 9), (2, 2), (1, 1), (5, 17)), "demodulate": True},
+    # maps that a cluster reads a piece at a time: pieces of several chunks and of less than one, of 16 targets, and some
+    # of a target
+    {"o": 5, "rank": 30, "i": 40, "sizes": ((12, 36),) * 16, "demodulate": True},
+    {"o": 3, "rank": 30, "i": 32, "sizes": ((64, 66), (2, 4)), "demodulate": True, "taps": 4},
+    {"o": 34, "rank": 40, "i": 40, "sizes": ((3, 60), (24, 64))},
+    {"o": 3, "rank": 62, "i": 64, "kernel": (1, 1), "sizes": ((1, 1), (128, 50)), "demodulate": True},
 ]
 
 
