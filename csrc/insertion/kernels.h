@@ -76,10 +76,11 @@ struct ScalarOps {
     return z > 0.f ? positive : other;
   }
   static __device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
-  static __device__ __forceinline__ float signed_as(float x, float d) {
-    const float value = __int_as_float(__float_as_int(x) ^ (__float_as_int(d) & 0x80000000));
-    return d != 0.f ? value : 0.f;
+  // x with its sign turned where d is negative.
+  static __device__ __forceinline__ float turned(float x, float d) {
+    return __int_as_float(__float_as_int(x) ^ (__float_as_int(d) & 0x80000000));
   }
+  static __device__ __forceinline__ float signed_as(float x, float d) { return d != 0.f ? turned(x, d) : 0.f; }
   static __device__ __forceinline__ float root(float x) { return sqrtf(x); }
 };
 

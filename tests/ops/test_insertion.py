@@ -227,12 +227,14 @@ KERNEL_CASES = [
     {"o": 3, "rank": 2, "i": 8, "sizes": ((6, 8),), "taps": 4, "demodulate": True},
     {"o": 5, "rank": 3, "i": 8, "sizes": ((7, 2),)},
     {"o": 270, "rank": 4, "i": 8, "sizes": ((5, 9),), "demodulate": True},
+    # one direction on many pixels: tiles of two rows, whole and cut
+    {"o": 270, "rank": 1, "i": 8, "sizes": ((32, 32),), "demodulate": True},
+    {"o": 139, "rank": 1, "i": 8, "sizes": ((45, 27),)},
     # more than a cluster of blocks takes: base and goal in shared memory, and read from global memory
     {"o": 9, "rank": 66, "i": 70, "sizes": ((6, 6), (3, 2)), "demodulate": True},
     {"o": 265, "rank": 66, "i": 70, "kernel": (1, 1), "sizes": ((80, 80),)},
     {"o": 40, "rank": 33, "i": 40, "sizes": ((4, 9), (2, 2), (1, 1), (5, 17)), "demodulate": True},
-    # maps that a cluster reads a piece at a time: pieces of several chunks and of less than one, of 16 targets, and some
-    # of a target
+    # maps that a cluster reads piece by piece: pieces of several chunks and of less than one, whole targets or parts
     {"o": 5, "rank": 30, "i": 40, "sizes": ((12, 36),) * 16, "demodulate": True},
     {"o": 3, "rank": 30, "i": 32, "sizes": ((64, 66), (2, 4)), "demodulate": True, "taps": 4},
     {"o": 34, "rank": 40, "i": 40, "sizes": ((3, 60), (24, 64))},
@@ -268,6 +270,25 @@ def test_kernel_is_as_near_to_float64_as_torch_in_float32(variant, with_penalty,
     assert_close(result.lambda_, truth.lambda_, baseline.lambda_, 2e-4)
     assert (result.lambda_.double() - truth.lambda_).abs().median() <= 1e-6
     assert_close(result.losses, truth.losses, baseline.losses, 1e-6)
+
+
+@pytest.mark.parametrize("impl", ["torch", *IMPLS])
+@pytest.mark.parametrize(
+    ("rank", "sizes"),
+    [(1, ((5, 6),)), (1, ((24, 32),)), (3, ((5, 6),)), (5, ((5, 6), (2, 2))), (66, ((2, 3),))],
+    ids=str,
+)
+def test_a_difference_of_zero_has_no_sign(rank, sizes, impl, insert):
+    """Values that are the goal, exactly: nothing moves. One that is not moves its own channel alone."""
+    layer, direction, targets = cast(*case(o=5, i=70, rank=rank, sizes=sizes, activate=False))
+    layer = replace(layer, weight=torch.zeros_like(layer.weight))
+    targets = [replace(t, goal=torch.zeros_like(t.goal), weight=None) for t in targets]
+    still = insert(layer, direction, targets, steps=3, impl=impl)
+    assert not still.lambda_.any()
+    assert not still.losses.any()
+    targets[0].goal[3, -1, -1] = 1
+    moved = insert(layer, direction, targets, steps=3, impl=impl)
+    assert moved.lambda_.flatten(1).any(1).tolist() == [False, False, False, True, False]
 
 
 CURVES = [
