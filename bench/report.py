@@ -22,6 +22,7 @@ import torch
 
 import bench.insertion
 import bench.projection
+import bench.rendering
 import bench.second_moment
 import pyrewrite
 from bench.core import Machine, measure, measure_machine
@@ -31,6 +32,7 @@ KERNELS = {
     "second_moment": bench.second_moment.case,
     "projection": bench.projection.case,
     "insertion": bench.insertion.case,
+    "rendering": bench.rendering.case,
 }
 COLUMNS = ("way", "ms", "ratio", "GB/s", "TFLOP/s", "% of floor", "error")
 
