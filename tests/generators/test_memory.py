@@ -50,12 +50,11 @@ def test_statistics_need_no_more_memory_for_more_samples(tmp_path):
     state = generators_reference.stylegan2_state(channels=(8, 8), z=512, mapping=(512, 8))
     torch.save({"g_ema": state, "latent_avg": torch.zeros(8)}, tmp_path / "x.pt")
     code = """
+from pyrewrite.generators import base
 from pyrewrite.statistics import collect
-from pyrewrite.statistics import collect as function
-module = sys.modules[function.__module__]
-module.LATENTS = 256
+sys.modules[collect.__module__].LATENTS = base._ROWS_PER_DRAW = 256  # parts that few samples fill too
 g = pyrewrite.load_generator(sys.argv[1])
-for samples in (500, 6000):
+for samples in (600, 6000):
     collect(g, "layer4", samples=samples, cache_dir=False)
     print(peak())
 """
