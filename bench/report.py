@@ -20,6 +20,7 @@ except ImportError:  # Python 3.10
 
 import torch
 
+import bench.convolution
 import bench.insertion
 import bench.projection
 import bench.rendering
@@ -32,6 +33,7 @@ KERNELS = {
     "second_moment": bench.second_moment.case,
     "projection": bench.projection.case,
     "insertion": bench.insertion.case,
+    "convolution": bench.convolution.case,
     "rendering": bench.rendering.case,
 }
 COLUMNS = ("way", "ms", "ratio", "GB/s", "TFLOP/s", "% of floor", "error")

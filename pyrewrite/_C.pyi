@@ -36,12 +36,18 @@ def insertion_steps_cpu(
     settings: Sequence[float],
     threads: int,
 ) -> None: ...
-
-conv3x3_channels: int
-
 def conv3x3_prepare(weight: int, strides: _Four, out: int, in_: int, prepared: int) -> None: ...
+def upconv3x3_prepare(weight: int, strides: _Four, out: int, in_: int, prepared: int) -> None: ...
 def conv3x3_cpu(
     arrays: Sequence[int], sizes: Sequence[int], upsample: bool, negative_slope: float, threads: int
+) -> None: ...
+def upconv3x3_cpu(
+    arrays: Sequence[int],
+    sizes: Sequence[int],
+    vertical: Sequence[float],
+    horizontal: Sequence[float],
+    negative_slope: float,
+    threads: int,
 ) -> None: ...
 
 # The rest is there only where build_info()["cuda"] is true.

@@ -330,7 +330,7 @@ def read_latent(data: bytes, what: str = "latent") -> Tensor:
         shape, fortran, dtype = read(file)
     except (ValueError, EOFError, OSError) as error:
         raise EditError(f"{what}: expected an .npy file ({error})") from error
-    if dtype.kind != "f" or fortran and len(shape) > 1:
+    if dtype.kind != "f" or (fortran and len(shape) > 1):
         raise EditError(f"{what}: the .npy file holds {dtype}; expected floating-point numbers in C order")
     count = 1
     for length in shape:

@@ -22,6 +22,24 @@ def blur_padding(kernel: Tensor, kernel_size: int) -> tuple[int, int]:
     return (p + 1) // 2 + 1, p // 2 + 1
 
 
+def separated(kernel: Tensor) -> tuple[list[float], list[float]] | None:
+    """kernel: fh x fw -> flipped, as factors: a vertical filter of fh numbers and a horizontal one of fw, whose outer
+    product it is; None where there are none, as with a sum of zero.
+    """
+    rows = kernel.flip(0, 1).double().tolist()
+    vertical = [sum(row) for row in rows]
+    columns = [sum(column) for column in zip(*rows, strict=True)]
+    total = sum(vertical)
+    if total == 0:
+        return None
+    horizontal = [column / total for column in columns]
+    largest = max(abs(tap) for row in rows for tap in row)
+    error = max(
+        abs(tap - v * h) for row, v in zip(rows, vertical, strict=True) for tap, h in zip(row, horizontal, strict=True)
+    )
+    return (vertical, horizontal) if error <= 1e-6 * largest else None
+
+
 def filtered(x: Tensor, kernel: Tensor, before: int, after: int, bias: Tensor | None = None) -> Tensor:
     """x: B x C x H x W, kernel: fh x fw, bias: C -> each channel filtered after zero padding (negative: cropping)."""
     weight = kernel.flip(0, 1).to(x.dtype).expand(x.shape[1], 1, -1, -1)

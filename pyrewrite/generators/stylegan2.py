@@ -18,9 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyrewrite.generators.base import PRECISIONS, Activation, EditableLayer, batch_independent
-from pyrewrite.generators.filters import blur_padding, filtered, upsampled_by_two
+from pyrewrite.generators.filters import blur_padding, filtered, separated, upsampled_by_two
 from pyrewrite.generators.styles import EPSILON, GAIN, SLOPE, EqualLinear, StyleBased, style_number
-from pyrewrite.ops.convolution import conv3x3, conv3x3_kernel_takes, prepare_conv3x3
+from pyrewrite.ops.convolution import (
+    conv3x3,
+    conv3x3_kernel_takes,
+    prepare_conv3x3,
+    prepare_upconv3x3,
+    upconv3x3,
+)
 
 if TYPE_CHECKING:
     from pyrewrite.ops.insertion import ConvLayer
@@ -125,14 +131,14 @@ class _Constants(NamedTuple):
     """What a layer needs beside the map. The activation's gain is in scale, noise and bias, for gain * lrelu(x) is
     lrelu(gain * x).
 
-    style   B x I, of the inputs
+    style   B x I, of the inputs; None where they have it already
     scale   B x O, of the outputs
     noise   H x W
     bias    O
-    weight  as `prepare_conv3x3` made it, or None
+    weight  as `prepare_conv3x3` or `prepare_upconv3x3` made it, or None
     """
 
-    style: Tensor
+    style: Tensor | None
     scale: Tensor
     noise: Tensor
     bias: Tensor
@@ -237,9 +243,8 @@ class StyleGAN2(StyleBased):
         styled = self._styled(index)
         conv, weight = styled.conv, styled.conv.weight[0]
         scale, noise, bias = self._demodulation(conv, style), self._noise_of(index, len(key)), styled.activate.bias
-        if self._plain(index) and noise.ndim == 2:
-            extras = {"noise": noise * GAIN, "bias": bias * GAIN, "negative_slope": SLOPE}
-            return self._clamped(index, conv3x3(key, weight, out_scale=scale * GAIN, **extras))
+        if self._fuses(index) and noise.ndim == 2:
+            return self._fused(index, key, _Constants(None, scale * GAIN, noise * GAIN, bias * GAIN, None))
         x = batch_independent(lambda x: self._convolved(conv, x, weight), key)
         x = x * scale[:, :, None, None]
         x = x + noise + bias[:, None, None]
@@ -250,10 +255,12 @@ class StyleGAN2(StyleBased):
         clamp = self._styled(index).clamp
         return x if clamp is None else x.clamp_(-clamp, clamp)
 
-    def _plain(self, index: int) -> bool:
-        """Whether the layer has no up-sampling and this package's convolution is for it."""
+    def _fuses(self, index: int) -> bool:
+        """Whether this package's convolutions are for the layer."""
         conv = self._styled(index).conv
-        return conv.kernel is None and conv3x3_kernel_takes(conv.weight[0])
+        if not conv3x3_kernel_takes(conv.weight[0]):
+            return False
+        return conv.kernel is None or (tuple(conv.kernel.shape) == (4, 4) and separated(conv.kernel) is not None)
 
     def _demodulation(self, conv: ModulatedConv, style: Tensor) -> Tensor:
         """style: B x I -> B x O, one over the norm of each modulated filter, times the scale of the weights."""
@@ -277,7 +284,7 @@ class StyleGAN2(StyleBased):
             value = self._value_in_half(index, x, carry.w)
         elif len(x) == 1 and self._one_by_one(index):
             value = self._value_of_one(index, x, carry.prepared.get(index) or self._constants(index, carry.w))
-        elif self._plain(index) and self._noise_mode != "random":
+        elif self._fuses(index) and self._noise_mode != "random":
             value = self._fused(index, x, self._constants(index, carry.w))
         else:
             return super()._step(index, x, carry)
@@ -286,7 +293,7 @@ class StyleGAN2(StyleBased):
     def _captured_value(self, index: int, x: Tensor, key: Tensor, style: Tensor) -> Tensor:
         if len(x) == 1 and self._one_by_one(index):
             return self._value_of_one(index, x, self._constants_of(index, style))
-        if self._plain(index):
+        if self._fuses(index):
             return self._fused(index, x, self._constants_of(index, style))
         return super()._captured_value(index, x, key, style)
 
@@ -298,22 +305,28 @@ class StyleGAN2(StyleBased):
         """style: B x I"""
         styled = self._styled(index)
         scale = self._demodulation(styled.conv, style) * GAIN
-        prepared = prepare_conv3x3(styled.conv.weight[0]) if self._plain(index) else None
+        prepared = None
+        if self._fuses(index):
+            prepare = prepare_conv3x3 if styled.conv.kernel is None else prepare_upconv3x3
+            prepared = prepare(styled.conv.weight[0])
         return _Constants(style, scale, self._noise(index) * GAIN, styled.activate.bias * GAIN, prepared)
 
     def _fused(self, index: int, x: Tensor, c: _Constants) -> Tensor:
-        """x: B x I x H x W, the input of a layer without up-sampling -> the value, B x O x H x W."""
-        weight, extras = self._styled(index).conv.weight[0], {"noise": c.noise, "bias": c.bias, "prepared": c.weight}
-        value = conv3x3(x, weight, in_scale=c.style, out_scale=c.scale, negative_slope=SLOPE, **extras)
-        return self._clamped(index, value)
+        """x: B x I x h x w, the input of the layer or its key -> the value, B x O x H x W."""
+        conv = self._styled(index).conv
+        weight, extras = conv.weight[0], {"in_scale": c.style, "out_scale": c.scale, "noise": c.noise, "bias": c.bias}
+        extras |= {"negative_slope": SLOPE, "prepared": c.weight}
+        if conv.kernel is None:
+            return self._clamped(index, conv3x3(x, weight, **extras))
+        return self._clamped(index, upconv3x3(x, weight, *separated(conv.kernel), **extras))
 
     def _value_of_one(self, index: int, x: Tensor, c: _Constants) -> Tensor:
         """x: 1 x I x h x w, the layer's input -> the value, 1 x O x H x W.
 
         Where the map is larger than the weights it is cheaper to modulate these: that leaves two passes over the map
-        beside the convolution.
+        beside the library's convolution.
         """
-        if self._plain(index):
+        if self._fuses(index):
             return self._fused(index, x, c)
         conv = self._styled(index).conv
         weight = conv.weight[0] * (c.scale.t() * c.style)[:, :, None, None]

@@ -7,7 +7,15 @@ torch tensors and need nothing else of this package.
 
 from pyrewrite.ops._library import MissingKernelError
 from pyrewrite.ops.closed_form import solve_low_rank
-from pyrewrite.ops.convolution import conv3x3, conv3x3_kernel_takes, conv3x3_ref, prepare_conv3x3
+from pyrewrite.ops.convolution import (
+    conv3x3,
+    conv3x3_kernel_takes,
+    conv3x3_ref,
+    prepare_conv3x3,
+    prepare_upconv3x3,
+    upconv3x3,
+    upconv3x3_ref,
+)
 from pyrewrite.ops.insertion import (
     ConvLayer,
     Insertion,
@@ -42,6 +50,7 @@ __all__ = [
     "key_size",
     "layer_values",
     "prepare_conv3x3",
+    "prepare_upconv3x3",
     "project",
     "project_",
     "project_adam_",
@@ -51,4 +60,6 @@ __all__ = [
     "second_moment_",
     "second_moment_ref",
     "solve_low_rank",
+    "upconv3x3",
+    "upconv3x3_ref",
 ]

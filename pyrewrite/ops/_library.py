@@ -48,6 +48,7 @@ OPERATORS = {
         Operator("project_", (torch.float32,), cpu="project_cpu", cuda="project_cuda"),
         Operator("project_adam_", (torch.float32,), cpu="project_cpu", cuda="project_cuda"),
         Operator("conv3x3", (torch.float32,), cpu="conv3x3_cpu", cuda=None),
+        Operator("upconv3x3", (torch.float32,), cpu="upconv3x3_cpu", cuda=None),
         Operator("insert_low_rank", (torch.float32,), cpu="insertion_steps_cpu", cuda="insertion_steps_cuda"),
     )
 }

@@ -1,4 +1,4 @@
-"""The fused 3 x 3 convolution against float64, beside plain torch in float32."""
+"""The fused 3 x 3 convolutions against float64, beside plain torch in float32."""
 
 import itertools
 
@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from pyrewrite import _C
-from pyrewrite.ops import conv3x3, conv3x3_kernel_takes, conv3x3_ref, prepare_conv3x3
+from pyrewrite.ops import (
+    conv3x3,
+    conv3x3_kernel_takes,
+    conv3x3_ref,
+    prepare_conv3x3,
+    prepare_upconv3x3,
+    upconv3x3,
+    upconv3x3_ref,
+)
 from pyrewrite.ops.convolution import CHANNELS
 
 EXTRAS = ("in_scale", "out_scale", "noise", "bias")
@@ -129,7 +137,8 @@ def test_a_bad_value_reaches_its_neighbours_and_nothing_else(value):
 
 
 def test_the_rule_for_impl_none():
-    assert _C.conv3x3_channels == CHANNELS
+    with pytest.raises(RuntimeError, match=f"8 and 16 channels, expected multiples of {CHANNELS}"):
+        _C.conv3x3_cpu([0] * 7, (0, 0, 0, 8, 16), False, 1.0, 1)
     x, weight, settings = problem()
     assert conv3x3_kernel_takes(weight)
     for other in (weight[:15], weight[:, :5], weight.double(), weight[:, :, :1, :1], weight[:0], weight.half()):
@@ -190,3 +199,90 @@ def test_compiles_whole():
     with torch.no_grad():
         compiled = torch.compile(lambda x: conv3x3(x, weight, **settings), fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), conv3x3(x, weight, **settings))
+
+
+# -- the up-sampling convolution -------------------------------------------------------------------------------------
+
+BLUR = ([0.25, 0.75, 0.75, 0.25], [0.1, 0.9, 0.5, -0.2])  # no symmetry: a flipped filter would show
+
+
+def up_problem(b=2, i=16, o=32, h=6, w=8, extras=EXTRAS, seed=0):
+    x, weight, settings = problem(b, i, o, 2 * h, 2 * w, upsample=True, extras=extras, seed=seed)
+    del settings["upsample"]
+    return x, weight, settings
+
+
+def check_up(x, weight, settings, **more):
+    truth = upconv3x3_ref(x.double(), weight.double(), *BLUR, **wide(settings))
+    found = upconv3x3(x, weight, *BLUR, **settings, impl="cpu", **more)
+    assert found.shape == truth.shape
+    if truth.numel():
+        baseline = (upconv3x3_ref(x, weight, *BLUR, **settings) - truth).abs().max()
+        assert (found - truth).abs().max() <= 2 * baseline + 2e-6
+    return found
+
+
+@pytest.mark.parametrize(
+    ("b", "h", "w"), [(2, 4, 4), (1, 1, 1), (3, 1, 5), (2, 7, 6), (1, 16, 16), (1, 3, 40), (0, 3, 3)]
+)
+@pytest.mark.parametrize(("i", "o"), [(16, 16), (48, 32), (32, 80)])
+def test_upsampling_equals_the_reference(b, h, w, i, o):
+    check_up(*up_problem(b=b, h=h, w=w, i=i, o=o))
+
+
+@pytest.mark.parametrize("extras", [c for n in range(5) for c in itertools.combinations(EXTRAS, n)], ids=str)
+def test_upsampling_without_some_of_the_extras(extras):
+    check_up(*up_problem(extras=extras))
+
+
+def test_upsampling_of_no_rows():
+    x, weight, settings = up_problem(h=0)
+    assert upconv3x3(x, weight, *BLUR, **settings).shape == (2, 32, 0, 16)
+
+
+def test_upsampling_bits_do_not_depend_on_the_batch_strides_or_threads():
+    x, weight, settings = up_problem(b=3, h=9, w=7)
+    every = upconv3x3(x, weight, *BLUR, **settings)
+    assert torch.equal(upconv3x3(x.contiguous(memory_format=torch.channels_last), weight, *BLUR, **settings), every)
+    prepared = prepare_upconv3x3(weight)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for n in range(3):
+                one = {k: v[n : n + 1] if k.endswith("scale") else v for k, v in settings.items()}
+                found = upconv3x3(x[n : n + 1], weight, *BLUR, **one, prepared=prepared)
+                assert torch.equal(found, every[n : n + 1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_upsampling_of_a_bad_value():
+    x, weight, settings = up_problem(b=2, h=8, w=8, extras=())
+    good = upconv3x3(x, weight, *BLUR, **settings)
+    x[1, 3, 4, 4] = float("nan")
+    found = upconv3x3(x, weight, *BLUR, **settings)
+    bad = torch.isnan(found)
+    assert bad[1, :, 7:12, 7:12].all()
+    assert not bad[1, :, [0, 1, 2, 3, 4, 15]].any()
+    assert torch.equal(found[0], good[0])
+    assert torch.equal(found[~bad], good[~bad])
+
+
+def test_upsampling_refusals():
+    x, weight, settings = up_problem()
+    with pytest.raises(ValueError, match="vertical has 3 numbers, expected 4"):
+        upconv3x3(x, weight, [1, 2, 1], BLUR[1], **settings)
+    with pytest.raises(ValueError, match="noise is 2 x 2, expected 12 x 16"):
+        upconv3x3(x, weight, *BLUR, **{**settings, "noise": torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match="expected what prepare_upconv3x3 gives"):
+        upconv3x3(x, weight, *BLUR, **settings, prepared=torch.zeros(3))
+    leaf = x.clone().requires_grad_()
+    upconv3x3(leaf, weight, *BLUR, **settings).sum().backward()
+    assert leaf.grad.abs().sum() > 0
+
+
+def test_upsampling_opcheck():
+    x, weight, settings = up_problem()
+    arguments = (x, weight, [*BLUR[0], *BLUR[1]], None, *(settings[name] for name in EXTRAS), 0.2)
+    torch.library.opcheck(torch.ops.pyrewrite.upconv3x3, arguments)

@@ -1,18 +1,10 @@
 // A block of tiles at a time: transform their inputs, multiply for each panel of output channels, transform back. All
 // of it stays in the second-level cache; the weights are read once a block.
-#include "common/vector.isa.h"
-#include "convolution/params.h"
+#include "convolution/product.isa.h"
 
 namespace pyrewrite {
 namespace PYREWRITE_ISA {
 namespace {
-
-constexpr int kVectors = kLanes == 16 ? 1 : 2;
-constexpr int kPanel = kVectors * kLanes;  // output channels a product makes at a time
-constexpr int kRows = 12 / kVectors;       // tiles a product makes at a time: 12 sums and the weights fit 16 registers
-constexpr int kBlock = 24;                 // tiles in a block
-constexpr int kPoints = 16;                // of the transformed 4 x 4 tile
-static_assert(kConvChannels % kPanel == 0 && kConvChannels % kLanes == 0, "channels come in whole panels");
 
 // B^T d B of a 4 x 4 tile of inputs.
 inline void transform_input(const Vec d[16], Vec v[16]) {
@@ -42,37 +34,6 @@ inline void transform_output(const Vec m[16], Vec y[4]) {
     y[2 * r] = t[4 * r] + t[4 * r + 1] + t[4 * r + 2];
     y[2 * r + 1] = t[4 * r + 1] - t[4 * r + 2] - t[4 * r + 3];
   }
-}
-
-// sums[tile][kPanel] = sum over i of inputs[tile][i] * weights[i][kPanel] for R tiles
-template <int R>
-void multiply_rows(const float* inputs, const float* weights, int in, float* sums) {
-  Vec total[R][kVectors] = {};
-  for (int i = 0; i < in; ++i) {
-    Vec w[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) w[v] = load(weights + i * kPanel + v * kLanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const float x = inputs[static_cast<std::int64_t>(r) * in + i];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) total[r][v] += x * w[v];
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(sums + r * kPanel + v * kLanes, total[r][v]);
-}
-
-// The same for `count` tiles. A tile's sum runs over the input channels in one order, whatever its company.
-void multiply(const float* inputs, const float* weights, int in, int count, float* sums) {
-  int t = 0;
-  for (; t + kRows <= count; t += kRows)
-    multiply_rows<kRows>(inputs + static_cast<std::int64_t>(t) * in, weights, in, sums + t * kPanel);
-  for (; t + 4 <= count; t += 4)
-    multiply_rows<4>(inputs + static_cast<std::int64_t>(t) * in, weights, in, sums + t * kPanel);
-  for (; t < count; ++t) multiply_rows<1>(inputs + static_cast<std::int64_t>(t) * in, weights, in, sums + t * kPanel);
 }
 
 struct Tile {
@@ -128,10 +89,9 @@ void write_tile(const Conv3x3Params& p, const Tile& tile, int panel, const float
       const int row = tile.top + n / 2, column = tile.left + n % 2;
       if (row >= p.height || column >= p.width) continue;
       const std::int64_t at = static_cast<std::int64_t>(row) * p.width + column;
-      Vec value = y[n] * scale + bias;
-      if (p.noise) value += p.noise[at];
-      if (p.negative_slope != 1.f) value = value < 0.f ? value * p.negative_slope : value;
-      store(p.y + (static_cast<std::int64_t>(tile.image) * p.height * p.width + at) * p.out + o, value);
+      const Vec value = y[n] * scale + bias + (p.noise ? p.noise[at] : 0.f);
+      store(p.y + (static_cast<std::int64_t>(tile.image) * p.height * p.width + at) * p.out + o,
+            activated(value, p.negative_slope));
     }
   }
 }
@@ -140,34 +100,22 @@ void write_tile(const Conv3x3Params& p, const Tile& tile, int panel, const float
 
 // Prepared: panel x point x in x kPanel, G g G^T of every filter g.
 void conv3x3_prepare(const float* weight, const std::int64_t strides[4], int out, int in, float* prepared) {
-  const std::int64_t point = static_cast<std::int64_t>(in) * kPanel;
-  for (int first = 0; first < out; first += kPanel)
-    for (int i = 0; i < in; ++i) {
-      float taps[9][kPanel];
-      for (int o = 0; o < kPanel; ++o) {
-        const float* w = weight + (first + o) * strides[0] + i * strides[1];
-        for (int r = 0; r < 3; ++r)
-          for (int c = 0; c < 3; ++c) taps[3 * r + c][o] = w[r * strides[2] + c * strides[3]];
-      }
-      float* to = prepared + first * static_cast<std::int64_t>(kPoints) * in + static_cast<std::int64_t>(i) * kPanel;
-      for (int v = 0; v < kPanel; v += kLanes, to += kLanes) {
-        Vec t[4][3];
-        for (int c = 0; c < 3; ++c) {
-          const Vec a = load(taps[c] + v), b = load(taps[3 + c] + v), d = load(taps[6 + c] + v);
-          t[0][c] = a;
-          t[1][c] = 0.5f * (a + b + d);
-          t[2][c] = 0.5f * (a - b + d);
-          t[3][c] = d;
-        }
-        for (int r = 0; r < 4; ++r) {
-          const Vec a = t[r][0], b = t[r][1], d = t[r][2];
-          store(to + (4 * r) * point, a);
-          store(to + (4 * r + 1) * point, 0.5f * (a + b + d));
-          store(to + (4 * r + 2) * point, 0.5f * (a - b + d));
-          store(to + (4 * r + 3) * point, d);
-        }
-      }
+  prepare_filters(weight, strides, out, in, prepared, [](const Vec g[9], Vec u[16]) {
+    Vec t[12];
+    for (int c = 0; c < 3; ++c) {
+      t[c] = g[c];
+      t[3 + c] = 0.5f * (g[c] + g[3 + c] + g[6 + c]);
+      t[6 + c] = 0.5f * (g[c] - g[3 + c] + g[6 + c]);
+      t[9 + c] = g[6 + c];
     }
+    for (int r = 0; r < 4; ++r) {
+      const Vec a = t[3 * r], b = t[3 * r + 1], d = t[3 * r + 2];
+      u[4 * r] = a;
+      u[4 * r + 1] = 0.5f * (a + b + d);
+      u[4 * r + 2] = 0.5f * (a - b + d);
+      u[4 * r + 3] = d;
+    }
+  });
 }
 
 std::int64_t conv3x3_blocks(const Conv3x3Params& p) { return (tiles_of(p) + kBlock - 1) / kBlock; }
