@@ -23,6 +23,7 @@ import torch
 import bench.convolution
 import bench.insertion
 import bench.projection
+import bench.rendering
 import bench.second_moment
 import pyrewrite
 from bench.core import Machine, measure, measure_machine
@@ -33,6 +34,7 @@ KERNELS = {
     "projection": bench.projection.case,
     "insertion": bench.insertion.case,
     "convolution": bench.convolution.case,
+    "rendering": bench.rendering.case,
 }
 COLUMNS = ("way", "ms", "ratio", "GB/s", "TFLOP/s", "% of floor", "error")
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrewrite._memory import free_memory, is_out_of_memory, lowered
 from pyrewrite.generators.network import Activation, EditableLayer, EditableNetwork
 
 # Image number n needs the first (n + 1) * z_dim draws of the random stream: a mistyped number must not run for hours.
@@ -349,7 +350,8 @@ class Generator(EditableNetwork):
     def images(self, numbers: int | Iterable[int], seed: int = 1, batch_size: int | None = None) -> Tensor:
         """The numbered images, B x 3 x H x W in [-1, 1], on the generator's device, in batches and without gradients.
 
-        batch_size: how many at once (default 16 on a CPU, 32 elsewhere). It does not change the images.
+        batch_size: how many at once (default: what memory holds, up to 16 on a CPU and 32 elsewhere). It does not
+        change the images, and is halved with a RuntimeWarning where memory runs out.
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is at least 1, got {batch_size}")
@@ -358,13 +360,29 @@ class Generator(EditableNetwork):
         out = torch.empty(
             len(z), self.image_channels, self.image_size, self.image_size, dtype=self.dtype, device=self.device
         )
-        with torch.no_grad():
-            for first in range(0, len(z), step):
-                out[first : first + step] = self(z[first : first + step])
+        first = 0
+        while first < len(z):
+            count, short = min(step, len(z) - first), False
+            try:
+                with torch.no_grad():
+                    out[first : first + count] = self(z[first : first + count])
+                first += count
+            except (RuntimeError, MemoryError) as error:
+                if count == 1 or not is_out_of_memory(error):
+                    raise
+                short = True
+            if short:  # outside of the handler, which keeps what the failed batch held
+                step = lowered(count, self.device, "rendering", stacklevel=2)
         return out
 
     def _batch_size(self) -> int:
-        return 16 if self.device.type == "cpu" else 32
+        """How many images to render at once: what a part of the free memory holds, several maps of each alive."""
+        sizes = [
+            32 * (layer.in_channels * layer.key_resolution**2 + layer.out_channels * layer.resolution**2)
+            for layer in self._layers.values()
+        ]
+        most = 16 if self.device.type == "cpu" else 32
+        return max(1, min(most, free_memory(self.device) // 4 // max([1, *sizes])))
 
     def unusual_picture(self, number: int = 0, seed: int = 1) -> str | None:
         """Render one picture without clamping and say in words what is wrong with its values; None if nothing is.
