@@ -240,7 +240,8 @@ def test_every_action_answers_to_an_empty_message(client):
     for name in ("names", "gallery", "revert"):
         client.do(name)
     for name in actions.known("get"):
-        client.wait(lambda m, sent=client.send("get", name): m.get("id") == sent)
+        sent = client.send("get", name)
+        client.wait(lambda m, sent=sent: m.get("id") == sent)
 
 
 def test_a_solve_that_cannot_work_says_so_and_changes_nothing(tmp_path):

@@ -14,7 +14,7 @@ from pyrewrite import load_generator
 from pyrewrite.interface import Session
 from pyrewrite.interface.session import Session as SessionType
 
-LONG = {"rank": 3, "steps": 5001, "margin": 0}
+LONG = {"layer": "layer8", "rank": 20, "steps": 5001, "margin": 4}
 QUICK = {"rank": 3, "steps": 11, "margin": 0}
 
 
@@ -75,7 +75,7 @@ def test_painting_and_pictures_do_not_wait_for_a_solve(session, client):
 
 
 def test_what_is_solved_is_what_was_there_at_the_start(session, client):
-    client.do("set", **{**LONG, "steps": 1500})
+    client.do("set", **{**LONG, "steps": 600})
     number = running(client)
     client.do("remove", what="object")
     reply, _ = client.answer(number)
@@ -100,7 +100,7 @@ def test_cancel_leaves_everything_as_it_was(session, client):
 
 
 def test_a_client_that_leaves_in_the_middle_of_a_solve_loses_nothing(session, client):
-    client.do("set", **{**LONG, "steps": 1500})
+    client.do("set", **{**LONG, "steps": 600})
     other = Client(session)
     running(client)
     session.disconnect(client.handle)
@@ -132,7 +132,7 @@ def test_a_solve_that_fails_leaves_the_bits(session, client, monkeypatch, where)
     assert same_bits(session.model.generator, kept)
     assert client.state["job"] is None
     client.do("execute")
-    agrees(session, {n: t for n, t in kept.items()} | bits(load_generator("peeps")))
+    agrees(session, bits(load_generator("peeps")))
 
 
 def test_weights_that_cannot_be_written_leave_document_and_bits(session, client, monkeypatch):
@@ -239,7 +239,7 @@ def test_two_clients_at_once_never_mix_the_weights(session, client):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_any_sequence_of_actions_undone_is_bit_exact(session, seed):
-    """Random actions, sensible and not; after each the weights are the document's, and undone all is as at the start."""
+    """Random actions, sensible or not; after each the weights are the document's, and undone all is as at the start."""
     kept, start = bits(session.model.generator), session.document
     client, chance = Client(session), random.Random(seed)
     client.do("set", **QUICK)
@@ -265,7 +265,8 @@ def test_any_sequence_of_actions_undone_is_bit_exact(session, seed):
         lambda: client.do("click", image=image(), y=60, x=60, alike=0.4),
         lambda: client.do("move", image=image(), dy=chance.randrange(-40, 40), dx=0),
         lambda: client.do("place", image=image(), on=chance.random() < 0.5),
-        lambda: client.do("remove", what=chance.choice(["object", "paste", "context", "protect", "query"]), image=image()),
+        lambda: client.do("remove", what=chance.choice(["object", "paste", "query"])),
+        lambda: client.do("remove", what=chance.choice(["context", "protect"]), image=image()),
         lambda: client.do("set", rank=chance.randrange(1, 6)),
         lambda: client.do("set", layer=chance.choice(["layer4", "layer5"]), strength=chance.choice([0.0, 0.5, 1.0])),
         lambda: client.do("execute"),
