@@ -45,7 +45,7 @@ class Request:
     def image(self, name: str = "image") -> int:
         """A picture that the session knows."""
         value = self.fields.any(name)
-        if value in self.document.brought and not isinstance(value, bool):
+        if type(value) is int and value in self.document.brought:
             return value
         return checked_integer(name, value, 0, max(self.session.model.samples - 1, *self.document.numbers, 0))
 
@@ -348,7 +348,8 @@ def _stack(r: Request) -> Reply:
     if not changes:
         raise ValueError("expected on, strength or name")
     document = r.document.with_edit(chosen, **changes)
-    r.change(f"{', '.join(changes)} of {edit.name}", document, merge=("stack", chosen, *changes))
+    merge = ("stack", chosen) if set(changes) == {"strength"} else None  # a slider, not a switch
+    r.change(f"{', '.join(changes)} of {edit.name}", document, merge)
     return {}
 
 

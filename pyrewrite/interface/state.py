@@ -71,7 +71,7 @@ def of(session: Session) -> dict[str, Any]:
         "strip": {"text": d.strip, "numbers": list(d.numbers)},
         "brought": [{"number": n, "name": b.name} for n, b in d.brought.items()],
         "painted": None if d.painted is None else region(d.painted),
-        "object": None if d.object is None else {**region(d.object), "box": d.object.mask.box},
+        "object": None if d.object is None else {**region(d.object), "box": list(d.object.mask.box)},
         "paste": None if d.paste is None else placed(g, d, d.paste),
         "context": [placed(g, d, r) for r in d.context],
         "protect": [region(r) for r in d.protect],
@@ -128,7 +128,7 @@ def placed(g: Generator, d: Document, r: Region) -> dict[str, Any]:
     box = None
     if d.object is not None:
         box = _landing(d.object.mask, r.mask, place, g.layers[d.layer].resolution, g.image_size)
-    return {**region(r), "dy": place.dy, "dx": place.dx, "on": place.on, "box": box}
+    return {**region(r), "dy": place.dy, "dx": place.dx, "on": place.on, "box": None if box is None else list(box)}
 
 
 @functools.lru_cache(maxsize=4096)
