@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from insertion_support import FIELDS, autograd_low_rank, case, cast, full_weight, penalty_for
+from insertion_support import FIELDS, autograd_low_rank, case, cast, full_weight, operator_arguments, penalty_for
 
 from pyrewrite.errors import NonFiniteError
 from pyrewrite.ops import (
@@ -29,7 +29,6 @@ from pyrewrite.ops import (
     layer_values,
 )
 from pyrewrite.ops import insertion as insertion_module
-from pyrewrite.ops.insertion import prepare
 from pyrewrite.ops.insertion_geometry import conv_crop, unfold_keys, upsample_margins
 from pyrewrite.ops.insertion_kernel import insertion_steps_
 
@@ -373,17 +372,6 @@ def kernel_steps(arguments, chunks, impl=None, place=lambda x: x):
         insertion_steps_(*arguments, impl)
         done += count
     return arguments[0][0], arguments[3][0]
-
-
-def operator_arguments(layer, direction, targets, first=0, count=3):
-    p = prepare(layer, direction, targets)
-    state = [torch.zeros(len(p.base), len(p.keys)) for _ in range(3)]
-    nothing = p.base.new_empty(0)
-    problem = [p.base, p.keys, p.goal, p.noise, p.weight, p.bias, p.energy, p.cross, p.gram, None, None]
-    tensors = [nothing if x is None else x for x in (*state, torch.zeros(count, dtype=torch.float64), *problem)]
-    settings = [[len(p.shapes)], [size for shape in p.shapes for size in shape], [p.rank], [p.negative_slope], [p.gain]]
-    settings += [list(p.kernel), [p.flipped], first, count, 0.05, 0.9, 0.999, 1e-8]
-    return (*([x] for x in tensors), *settings)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
