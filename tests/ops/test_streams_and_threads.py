@@ -47,9 +47,8 @@ class Work:
 
 def moment_work() -> Work:
     maps = torch.randn(5, 70, 9, 11)
-    return Work(
-        [torch.zeros(70, 70, dtype=torch.float64)], [maps], lambda s, x, impl: second_moment_(s[0], x[0], impl=impl)
-    )
+    moment = torch.zeros(70, 70, dtype=torch.float64)
+    return Work([moment], [maps], lambda s, x, impl: second_moment_(s[0], x[0], impl=impl))
 
 
 def projection_work() -> Work:
@@ -160,9 +159,8 @@ class TestStreams:
         with torch.cuda.graph(graph):
             mine.run("cuda")
         graph.replay()
-        filler = [
-            torch.full((1 << 18,), float("nan"), device="cuda") for _ in range(8)
-        ]  # lands on freed scratch, if any
+        # Lands on the call's scratch, if that was freed.
+        filler = [torch.full((1 << 18,), float("nan"), device="cuda") for _ in range(8)]
         graph.replay()
         torch.cuda.synchronize()
         del filler
