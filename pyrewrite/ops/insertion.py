@@ -27,9 +27,11 @@ from pyrewrite.ops.insertion_geometry import (
     DEMODULATION_EPSILON,
     ConvLayer,
     InsertionTarget,
+    Later,
     blur_padding,
     check_direction,
     check_layer,
+    check_numbers,
     check_targets,
     check_tensor,
     conv_crop,
@@ -147,12 +149,14 @@ def prepare(
 
     loop=False leaves out cross and gram, which only the loop needs.
     """
-    layer = check_layer(layer)
-    direction = check_direction(layer, direction)
-    targets = check_targets(layer, targets)
+    numbers: Later = []  # looked at together: a GPU is waited for once
+    layer = check_layer(layer, numbers)
+    direction = check_direction(layer, direction, numbers)
+    targets = check_targets(layer, targets, numbers)
     weight = layer.weight
     o, kernel, rank = weight.shape[0], tuple(weight.shape[2:]), direction.shape[0]
-    penalty = check_penalty(penalty, o, rank, weight)
+    penalty = check_penalty(penalty, o, rank, weight, numbers)
+    check_numbers(numbers)
 
     bases, keys = [], []
     # Targets of one size in a row go through one convolution.
@@ -167,8 +171,11 @@ def prepare(
         h, w = target.goal.shape[1:]
         starts.append(starts[-1] + h * w)
         noises.append(weight.new_zeros(h * w) if target.noise is None else target.noise.flatten())
-        w_u = weight.new_ones(h * w) if target.weight is None else target.weight.flatten()
-        weights.append(w_u / w_u.sum() / len(targets))
+        if target.weight is None:
+            weights.append(weight.new_full((h * w,), 1 / (h * w * len(targets))))
+        else:
+            w_u = target.weight.flatten()
+            weights.append(w_u / w_u.sum() / len(targets))
 
     energy = cross = gram = None
     if layer.demodulate:
@@ -200,14 +207,14 @@ def prepare(
     )
 
 
-def check_penalty(penalty: Penalty | None, o: int, rank: int, like: Tensor) -> Penalty | None:
+def check_penalty(penalty: Penalty | None, o: int, rank: int, like: Tensor, later: Later) -> Penalty | None:
     """q (O) and the symmetric part of P (r x r), or None."""
     if penalty is None:
         return None
     if not (isinstance(penalty, tuple | list) and len(penalty) == 2):
         raise TypeError(f"penalty: expected a pair (q, P), got {type(penalty).__name__}")
-    q = check_tensor("penalty[0] (q)", penalty[0], (o,), like)
-    matrix = check_tensor("penalty[1] (P)", penalty[1], (rank, rank), like)
+    q = check_tensor("penalty[0] (q)", penalty[0], (o,), like, later)
+    matrix = check_tensor("penalty[1] (P)", penalty[1], (rank, rank), like, later)
     return q, ((matrix + matrix.t()) / 2).contiguous()
 
 
