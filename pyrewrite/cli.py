@@ -258,7 +258,8 @@ def solve(
         raise click.UsageError("the record does not name a layer: give --layer (see `pyrewrite info`)")
     chosen = record.resolve(preset)
     truncation = chosen.truncation if truncation is None else truncation
-    generator = _load(file, device, truncation, label)
+    generator = _load(file, device, truncation, None)
+    generator.apply_settings({**(record.images or {}), **({} if label is None else {"label": label})})
     rewriter = Rewriter(
         generator,
         layer,

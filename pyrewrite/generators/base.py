@@ -6,7 +6,7 @@ import abc
 import numbers as number_types
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,29 @@ class Generator(EditableNetwork):
 
     def settings(self) -> dict[str, Any]:
         return {"label": self._label} if self.classes else {}
+
+    def _setting_defaults(self) -> dict[str, tuple[str, Any]]:
+        """Name in `settings` -> the attribute, and its default."""
+        return {"label": ("label", 0 if self.classes else None)}
+
+    def apply_settings(self, settings: Mapping[str, Any]) -> None:
+        """Set what `settings()` said, as an edit record keeps it; what it did not say is set to the default.
+
+        ValueError for a name or a value that this generator does not know; nothing changes then.
+        """
+        defaults = self._setting_defaults()
+        if unknown := [name for name in settings if name not in defaults]:
+            raise ValueError(
+                f"a {self.family} has no setting {unknown[0]!r} for its images, only {', '.join(defaults)}"
+            )
+        before = [(attribute, getattr(self, attribute)) for attribute, _ in defaults.values()]
+        try:
+            for name, (attribute, default) in defaults.items():
+                setattr(self, attribute, settings.get(name, default))
+        except ValueError:
+            for attribute, value in before:
+                setattr(self, attribute, value)
+            raise
 
     def file_state(self) -> dict[str, Tensor]:
         """The weights as they are now, under the names that the family's files give them."""

@@ -222,6 +222,9 @@ class StyleGAN2(StyleBased):
         mine = super().settings()
         return {**mine, "noise": self._noise_mode} if self._noise_mode != "fixed" else mine
 
+    def _setting_defaults(self) -> dict[str, tuple[str, Any]]:
+        return super()._setting_defaults() | {"noise": ("noise_mode", "fixed")}
+
     def mean_style(self, layer: str | EditableLayer) -> Tensor:
         """I: the style of the layer at the mean latent."""
         with torch.no_grad():

@@ -128,6 +128,9 @@ class StyleBased(Generator):
             mine["truncation_layers"] = self._truncation_layers
         return mine
 
+    def _setting_defaults(self) -> dict[str, tuple[str, Any]]:
+        return super()._setting_defaults() | {"truncation_layers": ("truncation_layers", None)}
+
     def truncated(self, w: Tensor) -> Tensor:
         """w: B x w_dim -> the same, or B x num_ws x w_dim where only some styles are truncated."""
         if self._truncation == 1:

@@ -339,6 +339,13 @@ class Rewriter:
             raise EditError(
                 f"setting 'seed': the record's image numbers belong to seed {seed}, the Rewriter's is {self.seed}"
             )
+        here = self.generator.settings()
+        if edit.images is not None and edit.images != here and {"label": 0, **edit.images} != {"label": 0, **here}:
+            said, is_ = (", ".join(f"{n} {v}" for n, v in what.items()) or "defaults" for what in (edit.images, here))
+            raise EditError(
+                f"field 'images': the record's pictures were made with {said}, the generator is set to {is_}: "
+                "generator.apply_settings(edit.images) follows the record"
+            )
         settings = edit.resolve(preset, **overrides)
         if settings.method == "projected" and settings.preserve > 0:
             given = overrides.get("preserve") or (edit.settings.get("preserve") if preset is None else None)
@@ -457,7 +464,8 @@ class Rewriter:
                 "family": self.generator.family,
                 "hash": patches.original_hash if patches else self.generator.weights_hash(),
             },
-            settings={name: getattr(settings, name) for name in settings.__dataclass_fields__},
+            settings={name: getattr(settings, name) for name in settings.__dataclass_fields__}
+            | self.generator.settings(),
         )
 
     def _measure(
