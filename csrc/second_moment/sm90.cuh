@@ -26,7 +26,7 @@ struct Halves {
   static constexpr int kPlanes = kNumbers, kStages = kNumbers == 1 ? 6 : 3, kChainSlices = kNumbers == 1 ? 2 : 1;
   static constexpr int kCopyThreads = 256, kThreads = kGroups * kGroupThreads + kCopyThreads;
   static constexpr bool kFromFloat32 = true;
-  static constexpr int kRegisters = 168, kCopyRegisters = 80;  // of a thread of the products and of the copies
+  static constexpr int kRegisters = 160, kCopyRegisters = 96;  // of a thread of the products and of the copies
   static_assert(kGroups * kGroupThreads * kRegisters + kCopyThreads * kCopyRegisters <= 65536, "registers of a block");
 };
 
@@ -58,8 +58,11 @@ struct Ring {
     if (++stage == kStages) stage = 0, phase ^= 1;
   }
   __device__ __forceinline__ std::uint32_t full_barrier() const { return full + 8 * stage; }
-  __device__ __forceinline__ void wait_full() const { barrier_wait(full + 8 * stage, phase); }
-  __device__ __forceinline__ void wait_empty() const { barrier_wait(empty + 8 * stage, phase ^ 1); }
+  template <bool kPublished>
+  __device__ __forceinline__ void wait_full() const {
+    barrier_wait<kPublished>(full + 8 * stage, phase);
+  }
+  __device__ __forceinline__ void wait_empty() const { barrier_wait<false>(empty + 8 * stage, phase ^ 1); }
 };
 
 // The sums of a group of four warps.
@@ -74,7 +77,7 @@ __device__ __forceinline__ void compute(Ring<Input::kStages> ring, const GroupWo
   const int lane = threadIdx.x % 32;
   const std::uint32_t sender = lane < 4 && (senders >> lane & 1) ? in_block(ring.empty, lane) : 0;
   const auto release = [&](int stage) {
-    if (sender != 0) barrier_arrive(sender + 8 * stage);
+    if (sender != 0) barrier_arrive<false>(sender + 8 * stage);
   };
   float chain[kOwn], total[kOwn] = {};
   bool written = false;
@@ -83,7 +86,7 @@ __device__ __forceinline__ void compute(Ring<Input::kStages> ring, const GroupWo
     int before = 0;
 #pragma unroll
     for (int i = 0; i < Input::kChainSlices; ++i) {
-      ring.wait_full();
+      ring.template wait_full<Input::kFromFloat32>();
       if constexpr (Input::kFromFloat32) fence_for_products();
       const std::uint32_t stage = ring.stages + ring.stage * M::kStageBytes;
       const auto at = [&](int slot, int plane) {
@@ -138,8 +141,8 @@ template <int kStages>
 __device__ __forceinline__ void watch(Ring<kStages> ring, int count, int senders) {
   const int lane = threadIdx.x % 32;
   for (int slice = 0; slice < count; ++slice, ring.next()) {
-    ring.wait_full();
-    if (lane < 4 && (senders >> lane & 1)) barrier_arrive(in_block(ring.empty + 8 * ring.stage, lane));
+    ring.template wait_full<false>();
+    if (lane < 4 && (senders >> lane & 1)) barrier_arrive<false>(in_block(ring.empty + 8 * ring.stage, lane));
   }
 }
 
@@ -148,27 +151,36 @@ template <typename Input, bool kByRow>
 __device__ __forceinline__ void copy_boxes(Ring<Input::kStages> ring, const CUtensorMap* map, const Arguments& args,
                                            const Square& square, const BlockWork& work, int block, int count) {
   const int bytes = square.arriving(block) * kUnitBytes;
+  int channels[2], blocks[2];
+  std::uint32_t to[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const Share share = share_of(square.shape, block, i);
+    channels[i] = square.channel(block, share.slot);
+    blocks[i] = square.there(block, share.slot) ? share.blocks : 0;
+    to[i] = ring.stages + share.slot * kUnitBytes;
+  }
   for (int slice = 0; slice < count; ++slice, ring.next()) {
     const std::uint32_t number = (work.first + slice / kSlicesOfChunk * work.step) * kSlicesOfChunk +
                                  static_cast<std::uint32_t>(slice % kSlicesOfChunk);
-    const std::uint32_t image = args.slices.of_image(number);
+    const int image = static_cast<int>(args.slices.of_image(number));
     const int row = static_cast<int>(number - image * args.slices.of_image.divisor) * kSliceRows;
+    const std::uint32_t stage = ring.stage * Memory<Input>::kStageBytes;
     ring.wait_empty();
     barrier_expect(ring.full_barrier(), bytes);
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const Share share = share_of(square.shape, block, i);
-      if (share.blocks == 0 || !square.there(block, share.slot)) continue;
-      const int channel = square.channel(block, share.slot), inner = kByRow ? channel : row;
-      const std::uint32_t to = ring.stages + ring.stage * Memory<Input>::kStageBytes + share.slot * kUnitBytes;
-      if (square.shape == Shape::single)
-        copy_box(to, map, inner, kByRow ? row : channel, static_cast<int>(image), ring.full_barrier());
+      if (blocks[i] == 0) continue;
+      const int inner = kByRow ? channels[i] : row, middle = kByRow ? row : channels[i];
+      if (args.single)
+        copy_box(to[i] + stage, map, inner, middle, image, ring.full_barrier());
       else
-        copy_box(to, map, inner, kByRow ? row : channel, static_cast<int>(image), ring.full_barrier(), share.blocks);
+        copy_box(to[i] + stage, map, inner, middle, image, ring.full_barrier(), blocks[i]);
     }
   }
 }
 
-// float32 input. A thread copies four numbers of four lines of a unit, 16 lines apart.
+// float32 input. A thread brings four numbers of four lines of a unit, 16 lines apart, into all blocks that need it.
 template <bool kByRow>
 struct UnitCopy {
   static constexpr int kLines = 4;
@@ -183,8 +195,8 @@ struct UnitCopy {
                                       const std::uint32_t* peaks, int thread) {
     channel = square.channel(block, share.slot) + (kByRow ? thread % 16 * 4 : thread / 16);
     to = stages + share.slot * kUnitBytes;
-    const int others = share.blocks & ~(1 << block), first = __ffs(others) - 1, rest = others & (others - 1);
-    peers[0] = others != 0 ? in_block(to, first) : 0;
+    const int others = share.blocks & ~(1 << block), rest = others & (others - 1);
+    peers[0] = others != 0 ? in_block(to, __ffs(others) - 1) : 0;
     peers[1] = rest != 0 ? in_block(to, __ffs(rest) - 1) : 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -273,10 +285,15 @@ __device__ __forceinline__ void copy_halves(Ring<Input::kStages> ring, const Arg
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       if (mine[i]) units[i].template store<Input>(ring.stage, thread);
+    // The next loads are on their way before the fences, which wait for memory as well.
+    if (slice + 1 < count) load(slice + 1);
     fence_for_products();
     __syncwarp();
-    if (receiver != 0) barrier_arrive(receiver + 8 * ring.stage);
-    if (slice + 1 < count) load(slice + 1);  // on its way while the products are made
+    if (receiver == 0) continue;
+    if (args.single)
+      barrier_arrive<false>(receiver + 8 * ring.stage);
+    else
+      barrier_arrive<true>(receiver + 8 * ring.stage);
   }
 }
 
@@ -299,6 +316,7 @@ __global__ void __launch_bounds__(Input::kThreads, 1)
   ring.full = shared_address(barriers);
   ring.empty = ring.full + 8 * kStages;
   if (threadIdx.x == 0) {
+    // Warps that write, or one thread and the bytes that are copied.
     const int full = Input::kFromFloat32 ? __popc(senders) * ((Input::kThreads - kGroups * kGroupThreads) / 32) : 1;
     for (int stage = 0; stage < kStages; ++stage) {
       barrier_init(ring.full + 8 * stage, full);

@@ -33,21 +33,32 @@ __device__ __forceinline__ void barrier_init_done() {
 __device__ __forceinline__ void barrier_expect(std::uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// `barrier`: of any block, an address from in_block.
+// Barriers of any block, addresses from in_block. `kPublish`: what this warp wrote to other blocks' memory by ordinary
+// stores is seen by who waits likewise; this costs a fence of the whole GPU, which copies in hardware do not need.
+template <bool kPublish>
 __device__ __forceinline__ void barrier_arrive(std::uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+  if constexpr (kPublish)
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+  else
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+template <bool kPublished>
 __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, int phase) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(barrier),
-      "r"(phase)
-      : "memory");
+  if constexpr (kPublished)
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
+        "r"(phase)
+        : "memory");
+  else
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
+        "r"(phase)
+        : "memory");
 }
 
-// What this thread wrote to shared memory is seen by matrix products (of any block) that are ordered after it.
+// What was written to shared memory before, also of other blocks, is seen by matrix products that come after.
 __device__ __forceinline__ void fence_for_products() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // A box of the map, from its coordinates on, to the same place of all `blocks`; each one's barrier counts its bytes.
