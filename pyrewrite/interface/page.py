@@ -269,10 +269,12 @@ class Socket(Guarded, WebSocketHandler):
     def check_origin(self, origin: str) -> bool:
         return True  # `prepare` has checked it, and said more
 
-    def open(self) -> None:
+    def prepare(self) -> None:
+        super().prepare()
         if self.name != "socket":
-            self.close(1008, "there is nothing at this address")
-            return
+            raise HTTPError(404, "there is nothing at this address")
+
+    def open(self) -> None:
         self.outbox = Outbox(self.write_message)
         self.page.clients.add(self)
         loop = asyncio.get_running_loop()
@@ -331,9 +333,7 @@ class Outbox:
                 self.waiting.clear()
 
 
-def serve(
-    session: Any, port: int | None = None, allow_origin: Iterable[str] = (), base_path: str = "/"
-) -> Page:
+def serve(session: Any, port: int | None = None, allow_origin: Iterable[str] = (), base_path: str = "/") -> Page:
     """Show `session` as a page on 127.0.0.1 and say where: the returned Page's `address`.
 
     port: None takes the first free one from 8765 on, 0 any. allow_origin: origins of proxies through which the page
