@@ -304,11 +304,11 @@ class Socket(Guarded, WebSocketHandler):
             self.page.session.disconnect(self.client)
 
 
-NEWEST_ONLY = ("state", "progress", "preview")
+NEWEST_ONLY = ("progress", "preview")  # not states: what follows one may speak of its revision
 
 
 class Outbox:
-    """What a client has not taken yet. On a slow line a newer state, progress or preview replaces the waiting one."""
+    """What a client has not taken yet. On a slow line a newer progress or preview replaces the waiting one."""
 
     def __init__(self, write: Callable[..., Any]) -> None:
         self.write = write

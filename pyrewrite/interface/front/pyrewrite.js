@@ -333,7 +333,10 @@ class Client {
     this.asked.add(hash);
     this.request({ type: "get", what: "mask", hash })
       .then(({ buffers }) => this.keepMask(hash, Mask.unpack(this.state.generator.image_size, buffers[0])))
-      .catch((error) => error.lost || this.told("notice", { level: "error", message: `a mask: ${error.message}` }))
+      .catch((error) => {
+        const gone = error.lost || !JSON.stringify(this.state).includes(hash); // replaced while we asked
+        if (!gone) this.told("notice", { level: "error", message: `a mask: ${error.message}` });
+      })
       .finally(() => this.asked.delete(hash));
     return null;
   }
@@ -524,7 +527,8 @@ class App {
     this.kind = connection.kind;
     this.liked = { ...REMEMBERED, ...read() };
     this.tool = "brush";
-    this.previews = {}; // kind -> {key, tiles, ms}
+    this.previews = {}; // kind -> {revision, tiles, ms}
+    this.live = { key: null, since: 0 };
     this.arrivals = {}; // kind -> count, so that an old picture that decodes late is dropped
     this.outlines = new Map();
     this.stroke = null;
@@ -675,19 +679,19 @@ class App {
     const range = h("input", { type: "range", name, "aria-label": text, title });
     const number = h("input", { type: "number", name: `${name}-number`, "aria-label": `${text}, as a number`, step: "any" });
     const view = { range, number, busy: false };
-    const send = (value, more) => this.latest(`set ${name}`, "set", { [name]: value, more });
+    const send = (value) => this.latest(`set ${name}`, "set", { [name]: value });
     range.addEventListener("input", () => {
       view.busy = true;
       const value = this.fromRange(name, +range.value);
       number.value = short(value);
-      send(value, true);
+      send(value);
     });
     range.addEventListener("change", () => {
       view.busy = false;
-      send(this.fromRange(name, +range.value), false);
+      send(this.fromRange(name, +range.value));
     });
     number.addEventListener("change", () => {
-      if (number.value !== "" && Number.isFinite(+number.value)) send(this.whole(name) ? Math.round(+number.value) : +number.value, false);
+      if (number.value !== "" && Number.isFinite(+number.value)) send(this.whole(name) ? Math.round(+number.value) : +number.value);
       else this.later();
     });
     this.controls.set(`set-${name}`, view);
@@ -777,6 +781,7 @@ class App {
     if (document.activeElement !== this.numbers && this.numbers.value !== s.strip.text) this.numbers.value = s.strip.text;
     this.shown.forEach((el, i) => el.setAttribute("aria-pressed", String(s.shown === ["original", "edited"][i])));
     this.settleLocal();
+    this.noteLive();
     this.updateButtons();
     this.updateSettings();
     this.updateStrip();
@@ -803,7 +808,7 @@ class App {
   }
 
   updateButtons() {
-    const can = { ...this.state.can, clear: this.painted || this.state.painted ? true : "nothing is selected", upload: true };
+    const can = { ...this.state.can, ...downloads(this.state.can), clear: this.painted || this.state.painted ? true : "nothing is selected", upload: true };
     if (this.stroke || this.local?.pending) for (const name of ["copy", "add_context", "protect", "match_selection"]) can[name] = true;
     for (const [action, el] of this.controls) {
       if (!el.dataset?.action) continue;
@@ -813,7 +818,7 @@ class App {
       if ((action === "undo" || action === "redo") && this.state[action]) title = `${el.about}: ${this.state[action]}`;
       if (el.title !== title) el.title = title;
     }
-    this.controls.get("matches").setAttribute("aria-pressed", String(!!this.matching));
+    this.controls.get("matches").setAttribute("aria-pressed", String(!!this.state.matches?.on));
   }
 
   updateSettings() {
@@ -886,8 +891,8 @@ class App {
     const s = this.state;
     const n = surface.number;
     const layers = [];
-    if (this.matching) {
-      const mask = this.outline(n);
+    if (s.matches?.on) {
+      const mask = s.matches.ready ? this.outline(n) : null;
       if (mask) layers.push({ mask, color: "#ffffff", line: "white", outside: 0.5 });
     } else {
       for (const [role, list] of [["protect", s.protect], ["context", s.context], ["paste", [s.paste]], ["object", [s.object]]]) {
@@ -900,7 +905,7 @@ class App {
     const painted = this.painted;
     if (painted?.image === n) layers.push({ mask: painted.mask, color: ROLES.painted, fill: this.liked.opacity, line: "white" });
     const still = !painted || painted.image !== n || !(this.stroke || this.local);
-    surface.draw(layers, [], still ? JSON.stringify([layers.map((l) => [l.color, l.key ?? 0, l.fill]), s.painted?.image === n && s.painted, this.matching && this.matchKey(), this.size]) : null);
+    surface.draw(layers, [], still ? JSON.stringify([layers.map((l) => [l.color, l.key ?? 0, l.fill]), s.painted?.image === n && s.painted, s.matches?.on && [this.matchKey(), this.outlines.has(n)], this.size]) : null);
   }
 
   updatePanel() {
@@ -950,23 +955,41 @@ class App {
     });
   }
 
+  /** What the live pictures depend on, as text; null while there are none: no object, nowhere to paste it, a job. */
+  liveKey() {
+    const s = this.state;
+    if (!s.object || !(s.paste || s.context.length) || s.job || !s.statistics?.ready || s.live?.error) return null;
+    return JSON.stringify([s.object.hash, s.object.image, s.paste, s.context, s.protect, s.settings, s.live.row, s.weights.edited]);
+  }
+
+  /** Note since which revision the live pictures are what they are: a preview of an older one is an old one. */
+  noteLive() {
+    const key = this.liveKey();
+    if (key === this.live?.key) return;
+    this.live = { key, since: this.state.revision };
+    if (key === null) this.previews = {};
+  }
+
   /** The live picture where there is one, else the picture as the weights have it. */
   showLive(surface, kind, number, shown) {
-    const preview = this.previews[kind];
-    const key = this.state.live?.key;
-    const tile = key && this.state.shown === "edited" ? preview?.tiles.get(number) : null;
-    surface.box.dataset.live = tile ? (preview.key === key ? "now" : "old") : "none";
-    surface.show(tile ?? this.client.picture(this.weights(), number, surface.pixels(shown)), tile && preview.key !== key);
+    const preview = this.live.key !== null && this.state.shown === "edited" ? this.previews[kind] : null;
+    const tile = preview?.tiles.get(number);
+    const old = tile && preview.revision < this.live.since;
+    surface.box.dataset.live = tile ? (old ? "old" : "now") : "none";
+    surface.show(tile ?? this.client.picture(this.weights(), number, surface.pixels(shown)), old);
   }
 
   drawLanding(surface, entry, color, off = false) {
     let box = entry.box;
-    const drag = this.drag?.surface === surface ? this.drag : null;
+    let drag = this.drag?.surface === surface ? this.drag : null;
+    const landed = this.landed?.surface === surface ? this.landed : null; // let go, and not in a state yet
+    if (landed && (performance.now() > landed.until || (landed.dy === entry.dy && landed.dx === entry.dx))) this.landed = null;
+    else drag ??= landed;
     if (drag && box) box = drag.box.map((v, i) => v + (i % 2 ? drag.dx - drag.from[1] : drag.dy - drag.from[0]));
     const own = !this.state.object && this.client.mask(entry.hash); // nothing lands yet: show what is selected there
     const layers = own ? [{ mask: own, color, fill: 0.2 }] : [];
-    const boxes = !off && box && this.state.object ? [{ box, color, ghost: !!drag || !this.state.live?.key }] : [];
-    surface.draw(layers, boxes, drag ? null : JSON.stringify([entry, off, color, !!own, this.state.object?.hash, !!this.state.live?.key, !!this.object.drawn, surface.box.clientWidth]));
+    const boxes = !off && box && this.state.object ? [{ box, color, ghost: !!drag || surface.box.dataset.live === "none" }] : [];
+    surface.draw(layers, boxes, drag ? null : JSON.stringify([entry, off, color, !!own, this.state.object?.hash, surface.box.dataset.live, !!this.object.drawn, surface.box.clientWidth]));
   }
 
   /** The object itself, half seen through, where it is about to land. */
@@ -1013,9 +1036,9 @@ class App {
       surface.number = n;
       return { surface, el: h("div", { class: "thumb", "data-number": n }, surface.box, h("span", { class: "caption" }, String(n))) };
     }, (view, n) => this.showLive(view.surface, "row", n, 92));
-    const live = this.state.live?.key && this.state.shown === "edited";
-    const ms = live && this.previews.row?.ms;
-    setText(this.rowHint, live ? `Live: what the rule does to pictures you did not touch${ms ? ` (${Math.round(ms)} ms)` : ""}` : "Pictures that are not in the context");
+    const live = this.live.key !== null && this.state.shown === "edited" && this.previews.row;
+    const { ms } = live || {};
+    setText(this.rowHint, this.state.live?.error ? `No live pictures: ${this.state.live.error}` : live ? `Live: what the rule does to pictures you did not touch${ms ? ` (${Math.round(ms)} ms)` : ""}` : "Pictures that are not in the context");
   }
 
   updateEdits() {
@@ -1051,7 +1074,7 @@ class App {
     view.strength = h("input", { type: "range", min: "0", max: "2", step: "0.05", "aria-label": "Strength of this edit", oninput: () => {
       view.busy = true;
       setText(view.value, short(+view.strength.value));
-      this.latest(`strength ${id}`, "stack", { id, strength: +view.strength.value, more: true });
+      this.latest(`strength ${id}`, "stack", { id, strength: +view.strength.value });
     }, onchange: () => {
       view.busy = false;
       this.latest(`strength ${id}`, "stack", { id, strength: +view.strength.value });
@@ -1182,7 +1205,7 @@ class App {
   /** A picture on which the place of the object is moved: by the pointer, or by arrows. entry(): as in the state. */
   draggable(surface, entry) {
     const { box } = surface;
-    const send = (image, dy, dx, more) => this.latest(`move ${image}`, "move", { image, dy, dx, more });
+    const send = (image, dy, dx) => this.latest(`move ${image}`, "move", { image, dy, dx });
     box.classList.add("draggable");
     box.addEventListener("pointerdown", (event) => {
       const now = entry();
@@ -1191,7 +1214,7 @@ class App {
       box.focus({ preventScroll: true });
       box.setPointerCapture(event.pointerId);
       const from = [now.dy, now.dx];
-      this.drag = { surface, image: now.image, box: now.box, from, start: surface.point(event), dy: now.dy, dx: now.dx, pointer: event.pointerId, cancel: () => send(now.image, ...from, false) };
+      this.drag = { surface, image: now.image, box: now.box, from, start: surface.point(event), dy: now.dy, dx: now.dx, pointer: event.pointerId, cancel: () => send(now.image, ...from) };
     });
     box.addEventListener("pointermove", (event) => {
       const drag = this.drag;
@@ -1201,14 +1224,14 @@ class App {
       const dx = Math.round(drag.from[1] + x - drag.start[1]);
       if (dy === drag.dy && dx === drag.dx) return;
       Object.assign(drag, { dy, dx, moved: true });
-      send(drag.image, dy, dx, true);
+      send(drag.image, dy, dx);
       this.later();
     });
     const end = (event, keep) => {
       const drag = this.drag;
       if (drag?.surface !== surface || drag.pointer !== event.pointerId) return;
       if (!keep) drag.cancel();
-      else if (drag.moved) send(drag.image, drag.dy, drag.dx, false);
+      else this.landed = { ...drag, until: performance.now() + 1500 };
       this.drag = null;
       this.later();
     };
@@ -1221,7 +1244,7 @@ class App {
       if (!move || !now?.box) return;
       event.preventDefault();
       event.stopPropagation();
-      send(now.image, now.dy + move[0], now.dx + move[1], false);
+      send(now.image, now.dy + move[0], now.dx + move[1]);
     });
   }
 
@@ -1247,7 +1270,8 @@ class App {
     const newest = this.local;
     if (!newest) return;
     newest.pending -= 1;
-    if (newest === local) newest.revision = done.revision;
+    // What is painted here is shown until a state that knows of it is: the next one, unless it came before the answer.
+    if (newest === local) newest.revision = this.state.painted?.hash === done.hash ? 0 : this.state.revision + 1;
     this.later();
   }
 
@@ -1352,8 +1376,8 @@ class App {
     const arrival = (this.arrivals[kind] = (this.arrivals[kind] ?? 0) + 1);
     const tiles = await cutSheet(message, buffers[0]);
     if (arrival !== this.arrivals[kind]) return;
-    this.previews[kind] = { key: message.key, ms: message.ms, tiles: new Map(tiles) };
-    this.root.dataset[`live${kind}`] = message.key;
+    this.previews[kind] = { revision: message.revision, ms: message.ms, tiles: new Map(tiles) };
+    this.root.dataset[`live${kind}`] = message.revision;
     this.later();
   }
 
@@ -1373,9 +1397,8 @@ class App {
   // ------------------------------------------------------------------------------------------- matches, hint, files
 
   toggleMatches() {
-    this.matching = !this.matching;
-    this.outlines.clear();
-    this.later();
+    const { matches, settings } = this.state;
+    this.act("matches", { on: !matches?.on, quantile: settings.quantile });
   }
 
   matchKey() {
@@ -1407,8 +1430,7 @@ class App {
         this.later();
       }
     } catch (error) {
-      this.matching = false;
-      if (!error.lost) this.notice("error", error.message);
+      if (!error.lost && this.outlines.key === this.matchKey()) this.notice("error", error.message);
       this.later();
     }
   }
@@ -1588,6 +1610,9 @@ function hostIsDark(system) {
   }
   return system;
 }
+
+/** One permission of the session for four buttons; a record can always be taken home once there is something in it. */
+const downloads = (can) => ({ patch: can.download, checkpoint: can.download, sheet: can.download, edit: can.save });
 
 /** A report as one line a person can read. */
 function describe(report) {
