@@ -24,7 +24,8 @@ FRONT = resources.files("pyrewrite.interface") / "front"
 class RewriteApp(anywidget.AnyWidget):
     """The interface as a cell's output.
 
-    session: a Session, or a generator, or the file or bundled name of one; `options` are then Session's. Where nothing shows (a viewer without widgets), `serve()` opens the same session as a page and says where.
+    session: a Session, or a generator, or the file or bundled name of one; `options` are then Session's. Where nothing
+    shows (a viewer without widgets), `serve()` opens the same session as a page and says where.
     """
 
     _esm = (FRONT / "pyrewrite.js").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The front end in Chromium: strokes land where the cursor is, at every zoom; keys, themes, reasons, errors, the line."""
+"""The front end in Chromium: strokes land under the cursor at every zoom; keys, themes, reasons, errors, the line."""
 
 from __future__ import annotations
 
@@ -55,9 +55,8 @@ RESET = """async () => {
   const socket = new WebSocket(new URL("socket", location.href.replace(/^http/, "ws")));
   socket.binaryType = "arraybuffer";
   await new Promise((go) => (socket.onopen = go));
-  for (const [id, fields] of [["n", { action: "new" }], ["s", { action: "strip", text: "0-11" }], ["t", { action: "toggle", shown: "edited" }]]) {
-    socket.send(frame({ type: "do", id, ...fields }));
-  }
+  const todo = [{ action: "new" }, { action: "strip", text: "0-11" }, { action: "toggle", shown: "edited" }];
+  for (const fields of todo) socket.send(frame({ type: "do", id: fields.action, ...fields }));
   await new Promise((go) => setTimeout(go, 100));
   socket.close();
 }"""
@@ -329,8 +328,9 @@ def test_everything_is_within_reach_and_named(screen):
     assert outside == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     unnamed = page.evaluate(
-        """[...document.querySelectorAll(".pyrewrite button, .pyrewrite input, .pyrewrite select, .pyrewrite [role=img]")]
-          .filter((el) => !(el.ariaLabel || el.textContent || el.closest("label") || el.title)).map((el) => el.outerHTML)"""
+        """[...document.querySelectorAll(".pyrewrite :is(button, input, select, [role=img])")]
+          .filter((el) => !(el.ariaLabel || el.textContent || el.closest("label") || el.title))
+          .map((el) => el.outerHTML)"""
     )
     assert unnamed == []
     screen.button("execute").scroll_into_view_if_needed()
@@ -370,7 +370,7 @@ def ServedAgain(session, port, token):
     import secrets
     from unittest import mock
 
-    with mock.patch.object(secrets, "token_urlsafe", lambda n: token):
+    with mock.patch.object(secrets, "token_urlsafe", return_value=token):
         return serve(session, port=port)
 
 
@@ -405,7 +405,10 @@ def test_another_site_cannot_talk_to_the_page(browser, page, session):
     said = opened.evaluate(
         """async (address) => {
           const socket = new WebSocket(address.replace("http", "ws") + "socket");
-          const opened = await new Promise((go) => { socket.onopen = () => go("open"); socket.onclose = () => go("closed"); });
+          const opened = await new Promise((go) => {
+            socket.onopen = () => go("open");
+            socket.onclose = () => go("closed");
+          });
           const script = await import(address + "pyrewrite.js").then(() => "ran", () => "refused");
           const text = await fetch(address).then((r) => r.text(), () => "refused");
           const frame = document.createElement("iframe");
