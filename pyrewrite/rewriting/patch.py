@@ -228,6 +228,24 @@ class PatchSet:
         for layer in [name for name in self.original if name not in touched]:
             del self.original[layer]
 
+    def replace(self, generator: Generator, active: Sequence[LowRankPatch]) -> None:
+        """Make `active`, in that order, the active patches: all of it or, on an error, none of it."""
+        before, kept = self.active, dict(self.original)
+        touched = list(dict.fromkeys(u.layer for p in [*before, *active] for u in p.updates))
+        try:
+            for layer in touched:
+                if layer not in self.original:
+                    self.original[layer] = generator.layers[layer].weight.detach().clone()
+            self.active = list(active)
+            self._write_layers(generator, touched)
+        except BaseException:
+            self.active = before
+            self._write_layers(generator, [layer for layer in touched if layer in self.original])
+            self.original = kept
+            raise
+        used = {u.layer for p in active for u in p.updates}
+        self.original = {layer: weight for layer, weight in self.original.items() if layer in used}
+
     def _set_active(self, generator: Generator, active: list[LowRankPatch], changed: LowRankPatch) -> None:
         """Make `active` the active patches and write the layers of `changed`: all of it or, on an error, none of it."""
         before, self.active = self.active, active
@@ -258,9 +276,30 @@ class PatchSet:
         return (original.double() + total.view(original.shape)).to(original.dtype)
 
     def _write(self, generator: Generator, patch: LowRankPatch) -> None:
+        self._write_layers(generator, [update.layer for update in patch.updates])
+
+    def _write_layers(self, generator: Generator, layers: Sequence[str]) -> None:
         with torch.no_grad():
+            for layer in layers:
+                generator.layers[layer].weight.copy_(self.weight(layer))
+
+
+def set_patches(generator: Generator, patches: Sequence[LowRankPatch]) -> None:
+    """Make exactly `patches`, summed in that order, the active ones: the same list always leaves the same bits.
+
+    Raises PatchError, with the generator as it was, for a patch that does not fit, one that is in the list twice, or
+    weights that something else has changed.
+    """
+    with _lock:
+        active = generator.patches or PatchSet(generator.weights_hash())
+        active.check(generator)
+        for patch in patches:
             for update in patch.updates:
-                generator.layers[update.layer].weight.copy_(self.weight(update.layer))
+                _check_fits(update, generator)
+        if len({p.digest for p in patches}) < len(patches):
+            raise PatchError("a patch is in the list twice: applying one twice is refused")
+        active.replace(generator, patches)
+        generator.patches = active if active.active else None
 
 
 def _check_fits(update: LayerUpdate, generator: Generator) -> None:
