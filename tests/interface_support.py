@@ -88,7 +88,7 @@ def until(condition, seconds: float = 20.0):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         value = condition()
-        if value:
+        if isinstance(value, np.ndarray) or value:
             return value
         time.sleep(0.02)
     raise AssertionError(f"not within {seconds} s: {condition}")

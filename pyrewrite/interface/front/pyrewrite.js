@@ -639,7 +639,8 @@ class App {
   /** A button of an action of the session. Off, it stays readable and says why. */
   button(action, text, title, run, extra = {}) {
     const el = h("button", { type: "button", "data-action": action, title, ...extra, onclick: () => {
-      if (el.getAttribute("aria-disabled") === "true") this.notice("info", el.title);
+      // While something is under way (C, then V at once) what is allowed is about to change: the session decides.
+      if (el.getAttribute("aria-disabled") === "true" && !this.client.pending.size) this.notice("info", el.title);
       else run();
     } }, text);
     el.about = title;
@@ -1244,7 +1245,12 @@ class App {
       if (!move || !now?.box) return;
       event.preventDefault();
       event.stopPropagation();
-      send(now.image, now.dy + move[0], now.dx + move[1]);
+      // Keys may come faster than states: they add up from where the last one put it.
+      const last = this.landed?.surface === surface && performance.now() < this.landed.until ? this.landed : now;
+      const [dy, dx] = [last.dy + move[0], last.dx + move[1]];
+      this.landed = { surface, box: now.box, from: [now.dy, now.dx], dy, dx, until: performance.now() + 1500 };
+      send(now.image, dy, dx);
+      this.later();
     });
   }
 
@@ -1603,7 +1609,8 @@ class App {
 function hostIsDark(system) {
   const { body, documentElement: top } = document;
   if (body.dataset.jpThemeLight) return body.dataset.jpThemeLight === "false";
-  if (/vscode-(dark|light|high-contrast)/.test(body.className)) return /vscode-(dark|high-contrast(?!-light))/.test(body.className);
+  const editor = body.className.match(/vscode-(light|high-contrast-light|dark|high-contrast)/g);
+  if (editor) return !editor.some((name) => name.endsWith("light"));
   for (const el of [top, body]) {
     if (el.classList.contains("dark") || el.dataset.theme === "dark") return true;
     if (el.classList.contains("light") || el.dataset.theme === "light") return false;
