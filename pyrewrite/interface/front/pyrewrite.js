@@ -493,6 +493,7 @@ const MORE = [
   ["steps", "Steps", "Steps of the optimisation that Execute runs."],
   ["lr", "Learning rate", "Size of a step."],
   ["project_every", "Project every", "Steps between two projections (method: projected)."],
+  ["protect_rank", "Protect rank", "Number of directions that stand for what is protected."],
   ["units", "Erase units", "How many units Erase silences."],
   ["quantile", "Match quantile", "Context matches: the share of all pixels below the outline."],
 ];
@@ -592,8 +593,8 @@ class App {
       button("protect", "Protect", "What is selected must not change (P)", () => this.act("protect")),
       button("clear", "Clear", "Clear the selection", () => this.clearPainted()),
       h("span", { class: "rule" }),
-      button("match_selection", "Match", "Show the pictures that look most like the selection (Q)", () => this.act("match_selection")),
-      button("search", "Search", "Show the pictures that look most like the context (F)", () => this.act("search", { k: this.state?.strip.numbers.length || 24 }, (done) => done.numbers && this.say(`Found ${plural(done.numbers.length, "picture")}.`))),
+      button("match_selection", "Match", "Show the pictures that look most like the selection (Q)", () => this.act("match_selection", {}, () => this.find())),
+      button("search", "Search", "Show the pictures that look most like the context (F)", () => this.find()),
       button("matches", "Matches", "Outline where the pictures look like the context (M)", () => this.toggleMatches(), { "aria-pressed": "false" }));
 
     this.strip = h("main", { class: "strip", "aria-label": "Pictures" });
@@ -866,7 +867,7 @@ class App {
       if (s.protect.some((p) => p.image === n)) roles.push("protect");
       const painted = this.painted?.image === n;
       keyed(view.badges, roles, (role) => role, (role) => ({ el: h("span", { class: `badge ${role}` }, role) }), () => {});
-      view.surface.box.setAttribute("aria-label", [`Picture ${n}`, ...roles, painted ? "selected" : null].filter(Boolean).join(", "));
+      view.surface.box.setAttribute("aria-label", [`Picture ${this.nameOf(n)}`, ...roles, painted ? "selected" : null].filter(Boolean).join(", "));
       view.el.classList.toggle("painted", painted);
     });
     const painted = s.painted;
@@ -880,12 +881,17 @@ class App {
     this.islandNote.title = text;
   }
 
+  /** A picture's number, or the name of one that was brought as a latent. */
+  nameOf(number) {
+    return this.state.brought?.find((b) => b.number === number)?.name ?? String(number);
+  }
+
   makeTile(n) {
     const surface = new Surface(this);
     surface.number = n;
     const badges = h("span", { class: "badges" });
     this.paintable(surface, () => (this.painted?.image === n ? this.painted.mask : null), (mask) => this.commitPainted(n, mask), true);
-    return { el: h("figure", { class: "tile", "data-number": n }, surface.box, badges, h("figcaption", {}, String(n))), surface, badges };
+    return { el: h("figure", { class: "tile", "data-number": n }, surface.box, badges, h("figcaption", {}, this.nameOf(n))), surface, badges };
   }
 
   drawStripOverlay(surface) {
@@ -916,7 +922,7 @@ class App {
       surface.frame.hidden = !entry;
       surface.hint.hidden = !!entry;
       if (!entry) surface.clear();
-      else setText(surface.caption, String(entry.image));
+      else setText(surface.caption, this.nameOf(entry.image));
     };
     place(this.object, s.object);
     place(this.paste, s.paste);
@@ -942,7 +948,7 @@ class App {
       view.surface.number = c.image;
       this.showLive(view.surface, "context", c.image, small);
       this.drawLanding(view.surface, c, ROLES.context, !c.on);
-      setText(view.caption, String(c.image));
+      setText(view.caption, this.nameOf(c.image));
       const warn = c.islands?.length > 1 ? `, ${c.islands.length} separate regions` : "";
       view.surface.box.setAttribute("aria-label", `Context picture ${c.image}${c.on ? "" : ", left out"}${warn}`);
       view.surface.box.title = `Picture ${c.image}${warn}: drag to nudge`;
@@ -1334,6 +1340,15 @@ class App {
     return this.act("strip", { text }, () => this.strip.scrollTo?.(0, 0));
   }
 
+  /** As many pictures as are shown now, those that answer most to the query or the context. */
+  find() {
+    const k = clamp(this.state.strip.numbers.length, 1, 128);
+    return this.act("search", { k }, (done) => {
+      this.strip.scrollTo(0, 0);
+      this.say(`Found ${plural(done.numbers.length, "picture")}.`);
+    });
+  }
+
   page(by) {
     const numbers = this.state?.strip.numbers ?? [];
     if (!numbers.length) return;
@@ -1519,7 +1534,7 @@ class App {
   async gallery() {
     const done = await this.client.request({ type: "get", what: "gallery" }).catch((error) => (this.notice("error", error.message), null));
     if (!done) return;
-    const entries = done.gallery ?? [];
+    const entries = done.edits ?? [];
     const dialog = this.dialog("Ready edits", h("p", { class: "hint" }, entries.length ? "Solved and ready: one click changes the rule." : "None come with this generator."),
       h("div", { class: "list" }, ...entries.map((e) => h("button", { type: "submit", value: e.name }, e.title ?? e.name))), h("div", { class: "buttons" }, h("button", { type: "submit", value: "" }, "Cancel")));
     dialog.addEventListener("close", () => dialog.returnValue && this.act("gallery", { apply: dialog.returnValue }));
@@ -1628,7 +1643,7 @@ function describe(report) {
   if (Number.isFinite(report.loss_before)) parts.push(`Loss ${report.loss_before.toFixed(3)} → ${report.loss_after.toFixed(3)}`);
   const targets = report.targets?.length;
   if (Number.isFinite(report.context_changed) && targets) parts.push(`changed in ${Math.round(report.context_changed * targets)} of ${targets} context pictures`);
-  if (Number.isFinite(report.change_elsewhere)) parts.push(`elsewhere ${share(report.change_elsewhere)}`);
+  if (Number.isFinite(report.elsewhere)) parts.push(`other pictures change by ${share(report.elsewhere / 255)}`);
   if (Number.isFinite(report.relative_size)) parts.push(`size ${share(report.relative_size)} of the weights`);
   return parts.join(" · ");
 }
