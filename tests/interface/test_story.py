@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import statistics
 import time
 
@@ -15,14 +17,15 @@ pytest.importorskip("tornado", reason="the page needs tornado: pip install 'pyre
 from interface_support import Screen, mask_of, until
 
 from pyrewrite import Edit, LowRankPatch
+from pyrewrite.edit import Place
 from pyrewrite.interface import Session
 from pyrewrite.interface.page import serve
 
 pytestmark = pytest.mark.browser
 
 HAT = 41  # wears a beanie
-BALD = [10, 52, 101, 83, 106, 173, 133, 24]
-STRIP = ",".join(map(str, [HAT, *BALD])) + ",0-22"
+BALD = [10, 52, 101, 83, 106, 173, 133, 24]  # the first gets the paste, the others are the context
+STRIP = ",".join(map(str, [HAT, *BALD])) + ",0-23"
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +34,9 @@ def measured(request):
     times: dict[str, list[float]] = {}
     yield times
     reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    load = os.getloadavg()[0]
     for name, values in times.items():
-        line = f"{name}: median {statistics.median(values):.0f} ms of {len(values)}"
+        line = f"{name}: median {statistics.median(values or [math.nan]):.0f} ms of {len(values)} (load {load:.1f})"
         if reporter:
             reporter.write_line(line)
 
@@ -44,7 +48,7 @@ def story(peeps, browser, tmp_path_factory, measured):
     kept = bits(peeps)
     session = Session(
         peeps,
-        samples=200,
+        samples=180,
         folder=folder / "edits",
         cache_dir=folder / "cache",
         name="peeps",
@@ -61,6 +65,14 @@ def story(peeps, browser, tmp_path_factory, measured):
     session.close()
     assert same_bits(peeps, kept)
     assert screen.problems == []
+
+
+TAKE_PAINT_MS = """() => {
+  const { dataset } = document.querySelector(".pyrewrite");
+  const ms = dataset.paintMs;
+  delete dataset.paintMs;
+  return ms;
+}"""
 
 
 def text_of(screen, selector):
@@ -90,7 +102,7 @@ def test_1_it_opens_and_32_pictures_are_painted(story, measured):
     start = time.perf_counter()
     story.open()
     measured["32 pictures after opening"] = [1e3 * (time.perf_counter() - start)]
-    assert story.page.locator(".pyrewrite .tile").count() == len(story.session.document.numbers) == 31
+    assert story.page.locator(".pyrewrite figure").count() == len(story.session.document.numbers) == 32
     assert pixels(story, '.tile[data-number="41"]').std() > 20
     assert measured["32 pictures after opening"][0] < 8000  # the target is 2 s; CI machines are slow
     story.shot("story-1-open")
@@ -100,8 +112,7 @@ def test_2_a_hat_is_copied(story, measured):
     times = measured["paint to mask on the server and back"] = []
     for _ in range(5):
         story.stroke(story.tile(HAT), [(0.3, 0.3), (0.3, 0.5)])
-        story.page.wait_for_function("document.querySelector('.pyrewrite').dataset.paintMs")
-        times.append(float(story.page.evaluate("document.querySelector('.pyrewrite').dataset.paintMs")))
+        times.append(float(until(lambda: story.page.evaluate(TAKE_PAINT_MS))))
     story.page.keyboard.press("]")
     story.page.keyboard.press("]")
     story.cap(story.tile(HAT))
@@ -148,14 +159,15 @@ def test_5_live_pictures_follow_the_hand(story, measured):
     }"""
     story.page.evaluate(watch)
     paste, row = measured["live paste after a stroke"], measured["live row of eight"] = [], []
-    for i in range(5):
+    for i in range(6):  # a hole in the hat, and the hat whole again
         story.stroke(
             story.page.locator(".pyrewrite .object .surface"),
-            [(0.3, 0.3 + 0.1 * i)],
-            modifier="Control" if i % 2 else None,
+            [(0.3, 0.3 + 0.05 * (i // 2))],
+            modifier=None if i % 2 else "Control",
         )
-        story.page.wait_for_function("window.seen['data-livepaste'] && window.seen['data-liverow']")
-        seen = story.page.evaluate("window.seen")
+        seen = until(
+            lambda: (seen := story.page.evaluate("window.seen")) and {"data-livepaste", "data-liverow"} <= set(seen) and seen
+        )
         paste.append(seen["data-livepaste"])
         row.append(seen["data-liverow"])
     assert statistics.median(paste) < 1500  # the target is 150 ms
@@ -170,12 +182,12 @@ def test_6_the_object_is_moved_and_left_out(story):
     until(lambda: abs(session.document.places[BALD[0]].dy - 4) <= 1)
     assert abs(session.document.places[BALD[0]].dx + 6) <= 1, place
     story.button("undo").click()
-    until(lambda: BALD[0] not in session.document.places or session.document.places[BALD[0]].dy == 0)
+    until(lambda: session.document.places.get(BALD[0], Place()).dy == 0)
     thumb = story.page.locator(f'.pyrewrite .contexts .thumb[data-number="{first}"]')
     thumb.locator("input[type=checkbox]").uncheck()
-    until(lambda: not session.document.places[first].on)
+    until(lambda: not session.document.places.get(first, Place()).on)
     thumb.locator("input[type=checkbox]").check()
-    until(lambda: first not in session.document.places or session.document.places[first].on)
+    until(lambda: session.document.places.get(first, Place()).on)
     thumb.locator(".cross").click()
     until(lambda: first not in [r.image for r in session.document.context])
     story.button("undo").click()
@@ -183,7 +195,6 @@ def test_6_the_object_is_moved_and_left_out(story):
 
 
 def test_7_execute_reports_and_changes_the_pictures(story, measured):
-    story.page.wait_for_function("document.querySelector('.pyrewrite .tile .surface[data-drawn]')")
     before = pixels(story, '.tile[data-number="0"]')
     live(story, "row", ".row .thumb")
     story.page.evaluate("""() => {
@@ -204,7 +215,7 @@ def test_7_execute_reports_and_changes_the_pictures(story, measured):
     assert any("loss" in s for s in steps)
     report = text_of(story, ".edits .report")
     assert "Loss" in report
-    assert "8 context pictures" in report
+    assert "of 8 context pictures" in report
     assert "other pictures change by" in report
     until(lambda: not np.array_equal(pixels(story, '.tile[data-number="0"]'), before))
     assert measured["execute, rank 10, eight targets, 301 steps"][0] < 30_000  # the target is 3 s
@@ -308,7 +319,7 @@ def test_c_pick_hint_search_and_matches(story):
     story.press("matches")
     until(lambda: session.document.matches)
     story.page.wait_for_function(
-        "[...document.querySelectorAll('.pyrewrite .tile canvas.overlay')].filter((c) => c.width > 1).length > 8",
+        "() => [...document.querySelectorAll('figure canvas.overlay')].filter((c) => c.width > 1).length > 20",
         timeout=60_000,
     )
     story.shot("story-10-matches")
