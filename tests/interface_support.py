@@ -68,7 +68,7 @@ class Screen:
 
     def cap(self, surface) -> None:
         """What covers the top of a head, hat included, in one stroke."""
-        rows = [0.16, 0.24, 0.32, 0.40, 0.46]
+        rows = [0.18, 0.26, 0.34, 0.42]
         points = [(y, x) for i, y in enumerate(rows) for x in ((0.28, 0.72) if i % 2 == 0 else (0.72, 0.28))]
         self.stroke(surface, points)
 
