@@ -82,5 +82,4 @@ main() {
   say "results in $out ($SECONDS s in all)"
 }
 
-main
-exit $failed
+main; exit $failed  # on one line: bash reads on in the file when main returns
