@@ -7,6 +7,15 @@ torch tensors and need nothing else of this package.
 
 from pyrewrite.ops._library import MissingKernelError
 from pyrewrite.ops.closed_form import solve_low_rank
+from pyrewrite.ops.convolution import (
+    conv3x3,
+    conv3x3_kernel_takes,
+    conv3x3_ref,
+    prepare_conv3x3,
+    prepare_upconv3x3,
+    upconv3x3,
+    upconv3x3_ref,
+)
 from pyrewrite.ops.insertion import (
     ConvLayer,
     Edit,
@@ -32,6 +41,9 @@ __all__ = [
     "InsertionTarget",
     "MissingKernelError",
     "ProjectedInsertion",
+    "conv3x3",
+    "conv3x3_kernel_takes",
+    "conv3x3_ref",
     "crop_key",
     "demodulation",
     "insert_low_rank",
@@ -41,6 +53,8 @@ __all__ = [
     "insertion_loss",
     "key_size",
     "layer_values",
+    "prepare_conv3x3",
+    "prepare_upconv3x3",
     "project",
     "project_",
     "project_adam_",
@@ -50,4 +64,6 @@ __all__ = [
     "second_moment_",
     "second_moment_ref",
     "solve_low_rank",
+    "upconv3x3",
+    "upconv3x3_ref",
 ]

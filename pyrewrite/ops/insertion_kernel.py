@@ -143,7 +143,7 @@ def run_edits(
         module.insertion_steps_cuda(native, workspace.data_ptr(), device, stream, wait)
 
 
-@torch.library.custom_op("pyrewrite::insertion_steps_", mutates_args=MUTATED)
+@_library.torch_operator("pyrewrite::insertion_steps_", mutates=MUTATED)
 def insertion_steps_(
     lambda_: Sequence[Tensor],
     exp_avg: Sequence[Tensor],

@@ -596,7 +596,7 @@ def test_upsampling_crops_are_even():
 @pytest.mark.parametrize("demodulate", [False, True])
 def test_opcheck(demodulate):
     arguments = operator_arguments(*cast(*case(demodulate=demodulate)))
-    torch.library.opcheck(insertion_steps_, arguments)
+    torch.library.opcheck(torch.ops.pyrewrite.insertion_steps_, arguments)
 
 
 def test_compiles_as_a_whole():
