@@ -77,7 +77,7 @@ class Settings:
     weighting: str = "box"
     margin: int = 2
     crop: str = "surroundings"
-    protect_rank: int = 10
+    protect_rank: int = 20
     warm_start: bool = True
     steps: int = 301
     lr: float = 0.05

@@ -6,7 +6,7 @@ import abc
 import numbers as number_types
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -318,6 +318,30 @@ class Generator(EditableNetwork):
         key, style = self._key(index, x, carry)
         value, info = self._captured_value(index, x, key, style), self.find_layer(layer)
         return Activation(key, value, style, self._noise(index), carry, info.margin, info.key_margin)
+
+    def rows_of(self, activation: Activation) -> list[Activation]:
+        """The images of an activation, each as a batch of one that shares no memory with the others."""
+        return [
+            Activation(
+                activation.key[b : b + 1].clone(),
+                activation.value[b : b + 1].clone(),
+                None if activation.style is None else activation.style[b : b + 1].clone(),
+                activation.noise,
+                self._one_of(activation.carry, b),
+            )
+            for b in range(len(activation.key))
+        ]
+
+    def joined(self, activations: Sequence[Activation]) -> Activation:
+        """One batch of several activations of the same layer."""
+        first = activations[0]
+        return Activation(
+            torch.cat([a.key for a in activations]),
+            torch.cat([a.value for a in activations]),
+            None if first.style is None else torch.cat([a.style for a in activations]),
+            first.noise,
+            self._joined([a.carry for a in activations]),
+        )
 
     def _captured_value(self, index: int, x: Tensor, key: Tensor, style: Tensor | None) -> Tensor:
         """The value map, rounded as `forward` rounds it."""

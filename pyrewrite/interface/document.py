@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..edit import SETTING_NAMES, Edit, Place, Selection, Settings
 from ..errors import EditError
+from ..generators.base import MAX_NUMBER
 from ..rewriting import LowRankPatch, decode_mask, encode_mask
 from ..rewriting.selection import islands
 
@@ -32,7 +33,7 @@ class Mask:
         expected = -(-self.size * self.size // 8)
         if len(self.bits) != expected:
             raise EditError(
-                f"mask: {len(self.bits)} bytes; expected {expected}, one bit for each of {self.size} x {self.size} pixels"
+                f"mask: {len(self.bits)} bytes; expected {expected}, a bit for each of {self.size} x {self.size} pixels"
             )
         spare = expected * 8 - self.size * self.size  # bits behind the last pixel: two equal masks have equal bytes
         if spare and self.bits[-1] & ((1 << spare) - 1):
@@ -87,6 +88,11 @@ class Mask:
         return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
 
+def described(mask: Mask) -> dict[str, Any]:
+    """What a reply says of a mask. hash: None for an empty one, which is kept nowhere."""
+    return {"hash": mask.hash if mask.pixels else None, "pixels": mask.pixels, "islands": list(mask.islands)}
+
+
 @dataclass(frozen=True)
 class Region:
     """A mask on a numbered picture."""
@@ -123,8 +129,27 @@ class StackedEdit:
         return self.patch if self.strength == 1 else self.patch.scaled(self.strength)
 
 
+@dataclass(frozen=True)
+class Brought:
+    """A picture that was brought as w, w_dim or num_ws x w_dim; `digest` says which."""
+
+    name: str
+    digest: str
+    w: Tensor = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, name: str, w: Tensor) -> Brought:
+        w = w.detach().float().cpu().contiguous()
+        return cls(name, hashlib.sha256(repr(tuple(w.shape)).encode() + w.numpy().tobytes()).hexdigest(), w)
+
+    @property
+    def number(self) -> int:
+        """Its image number, beyond those of the generator's own and made of what it is: it never changes."""
+        return MAX_NUMBER + 1 + int(self.digest[:7], 16)
+
+
 NO_PLACES: Mapping[int, Place] = MappingProxyType({})
-NO_LATENTS: Mapping[int, Tensor] = MappingProxyType({})
+NOTHING_BROUGHT: Mapping[int, Brought] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -132,8 +157,8 @@ class Document:
     """All that undo and redo cover.
 
     strip: the text of the picture strip, numbers: what it means. painted: the mask that is being painted. query: for
-    matches instead of the context. places: picture number -> how the object lands there. latents: pictures that were
-    brought as w, number -> w (w_dim, or num_ws x w_dim). units, quantile: of erase and of matches.
+    matches instead of the context. places: picture number -> how the object lands there. brought: pictures that were
+    brought as w, by number. units, quantile: of erase and of matches.
     """
 
     layer: str
@@ -146,9 +171,8 @@ class Document:
     context: tuple[Region, ...] = ()
     protect: tuple[Region, ...] = ()
     query: Region | None = None
-    places: Mapping[int, Place] = NO_PLACES
-    latents: Mapping[int, Tensor] = NO_LATENTS
-    names: Mapping[int, str] = field(default_factory=dict)  # of the brought pictures
+    places: Mapping[int, Place] = field(default_factory=lambda: NO_PLACES)
+    brought: Mapping[int, Brought] = field(default_factory=lambda: NOTHING_BROUGHT)
     edits: tuple[StackedEdit, ...] = ()
     strength: float = 1.0
     units: int = 30
@@ -157,6 +181,11 @@ class Document:
 
     def replace(self, **changes: Any) -> Document:
         return dataclasses.replace(self, **changes)
+
+    @functools.cached_property
+    def latents(self) -> dict[int, Tensor]:
+        """Image number -> w of the brought pictures."""
+        return {n: b.w for n, b in self.brought.items()}
 
     def with_context(self, region: Region) -> Document:
         """The region among the context; a second one of the same picture replaces the first, in its place."""
@@ -171,6 +200,10 @@ class Document:
         if place == Place():
             del places[image]
         return self.replace(places=MappingProxyType(places))
+
+    def with_edit(self, id: int, **changes: Any) -> Document:
+        """One edit of the stack changed."""
+        return self.replace(edits=tuple(dataclasses.replace(e, **changes) if e.id == id else e for e in self.edits))
 
     def tidied(self) -> Document:
         """Without places of pictures that are no longer pasted into."""
@@ -203,13 +236,16 @@ class Document:
     def from_record(self, edit: Edit, size: int) -> Document:
         """This document with the selections and settings of a record; the stack, the strip and the strength stay."""
 
+        brought = {n: Brought.of(f"w {n}", w) for n, w in edit.latents.items()}
+        renumbered = {n: b.number for n, b in brought.items()}
+
         def region(selection: Selection | None, what: str) -> Region | None:
             if selection is None:
                 return None
             mask = Mask.from_url(selection.mask, size, what)
             if mask.box is None:
                 raise EditError(f"{what} is empty: expected painted pixels")
-            return Region(selection.image, mask)
+            return Region(renumbered.get(selection.image, selection.image), mask)
 
         settings = Settings().replace(**edit.settings)
         loaded = self.replace(
@@ -221,9 +257,8 @@ class Document:
             context=(),
             protect=tuple(region(s, f"protect mask {i}") for i, s in enumerate(edit.protect)),
             query=region(edit.query, "query mask"),
-            places=MappingProxyType(dict(edit.places)),
-            latents=MappingProxyType({**self.latents, **edit.latents}),
-            names={**self.names, **{n: self.names.get(n, f"w{n}") for n in edit.latents}},
+            places=MappingProxyType({renumbered.get(n, n): p for n, p in edit.places.items()}),
+            brought=MappingProxyType({**{b.number: b for b in brought.values()}, **self.brought}),
         )
         for i, selection in enumerate(edit.context):
             loaded = loaded.with_context(region(selection, f"context mask {i}"))

@@ -18,11 +18,13 @@ from pyrewrite.ops.convolution import (
 )
 from pyrewrite.ops.insertion import (
     ConvLayer,
+    Edit,
     Insertion,
     InsertionTarget,
     crop_key,
     demodulation,
     insert_low_rank,
+    insert_low_rank_batch,
     insert_low_rank_ref,
     insertion_loss,
     key_size,
@@ -34,6 +36,7 @@ from pyrewrite.ops.second_moment import second_moment, second_moment_, second_mo
 
 __all__ = [
     "ConvLayer",
+    "Edit",
     "Insertion",
     "InsertionTarget",
     "MissingKernelError",
@@ -44,6 +47,7 @@ __all__ = [
     "crop_key",
     "demodulation",
     "insert_low_rank",
+    "insert_low_rank_batch",
     "insert_low_rank_ref",
     "insert_projected",
     "insertion_loss",

@@ -236,3 +236,10 @@ def launch_place(tensor: Tensor) -> tuple[int, int, bool]:
     if tensor.device.type == "cuda":
         return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream, False
     return 0, 0, True
+
+
+def workspace(size: int, like: Tensor) -> Tensor:
+    """Uninitialised bytes beside `like`. torch gives them to nobody else before the current stream is done with them,
+    and a CUDA graph keeps them.
+    """
+    return like.new_empty(size, dtype=torch.uint8)

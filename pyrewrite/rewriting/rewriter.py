@@ -14,7 +14,7 @@ from ..errors import EditError
 from ..generators import Activation, Generator
 from ..ops import demodulation, insert_low_rank, insert_projected, solve_low_rank
 from ..statistics import LayerStatistics, SecondMoment, collect, top_images
-from .keys import context_directions, unusual_units
+from .keys import context_directions, protected_subspace, unusual_units
 from .patch import LayerUpdate, LowRankPatch
 from .report import CHANGED, Report
 from .selection import Box, bounding_box, decode_mask, islands, mask_on_map
@@ -41,7 +41,8 @@ class Rewriter:
     layer: a name out of `generator.layers`. samples, seed: images 0 to samples - 1 of that seed make the statistics;
     the seed also says which image a number in a record means. cache_dir: folder of the statistics cache (None: the
     user's cache folder, False: none). progress: of the statistics, True for a bar on stderr, False for none, or a
-    function of (images done, images in all). statistics: ready ones instead of collecting them.
+    function of (images done, images in all). statistics: ready ones instead of collecting them. follow: collect anew
+    when the keys change with the weights; False keeps what is there. warn: reports warn (EditWarning) beside saying so.
 
     Raises UnknownLayerError for a layer that is not there.
     """
@@ -56,15 +57,19 @@ class Rewriter:
         cache_dir: str | Path | bool | None = None,
         progress: Callable[[int, int], None] | bool = True,
         statistics: LayerStatistics | None = None,
+        follow: bool = True,
+        warn: bool = True,
     ) -> None:
         self.generator = generator
         self.layer = generator.find_layer(layer).name
         self.samples = samples
         self.seed = seed
         self.cache_dir = cache_dir
+        self.warn = warn
         self._progress = progress
+        self._follow = follow
         self._statistics = statistics or self._collect()
-        self._keys_hash = self._hash_of_keys()
+        self._keys_hash = self._hash_of_keys() if follow else None
 
     # -- statistics --------------------------------------------------------------------------------------------------
 
@@ -93,6 +98,8 @@ class Rewriter:
     @property
     def statistics(self) -> LayerStatistics:
         """The layer's statistics for the generator as it is now; collected again when its keys have changed."""
+        if not self._follow:
+            return self._statistics
         now = self._hash_of_keys()
         if now != self._keys_hash:
             self._statistics = self._collect()
@@ -115,7 +122,9 @@ class Rewriter:
         """The edit's context as directions D, r x I float32."""
         settings = settings or edit.resolve()
         context = self._context(edit)
-        return self._directions(self.capture([s.image for s in context], edit.latents), context, settings)
+        return self._directions(
+            self.capture([s.image for s in [*context, *edit.protect]], edit.latents), context, settings, edit.protect
+        )
 
     def solve(
         self,
@@ -144,14 +153,14 @@ class Rewriter:
         latents = {n: w for e in edits for n, w in e.latents.items()}
         captured = self.capture(wanted, latents)
         clock.lap("capture")
-        direction = _join([self._directions(captured, self._context(e), settings) for e in edits])  # r x I
+        direction = _join([self._directions(captured, self._context(e), settings, e.protect) for e in edits])  # r x I
         clock.lap("directions")
         targets = [target for e in edits for target in self._targets(captured, e, settings)]
-        patch = self._insert(targets, captured, direction, settings, clock, progress, impl, latents)
+        patch = self._insert(targets, captured, direction, settings, clock, progress, impl, edits)
         patch.name = " + ".join(e.name or "edit" for e in edits)
         for e in edits:
             patch.report.islands.update(_islands(e))
-        patch.report.judge()
+        patch.report.judge(warn=self.warn)
         return patch
 
     def erase(
@@ -180,7 +189,7 @@ class Rewriter:
         if settings.targets == "paste" and edit.paste is None:
             raise EditError("field 'paste' is missing: with targets='paste' an erase needs the image it names")
         chosen = [edit.paste] if settings.targets == "paste" else context
-        captured = self.capture([s.image for s in [*context, *chosen]], edit.latents)
+        captured = self.capture([s.image for s in [*context, *chosen, *edit.protect]], edit.latents)
         examples = context_examples(captured, context, self._image_size)
         silenced, scores = unusual_units(self.moment, examples, units)
         if float(scores.max()) <= 1:
@@ -188,7 +197,7 @@ class Rewriter:
                 "no unit is more active under the masks than it is on average: there is nothing to erase there"
             )
         clock.lap("capture")
-        direction = self._directions(captured, context, settings)
+        direction = self._directions(captured, context, settings, edit.protect)
         conv = self.generator.conv_layer(self.layer)
         targets = []
         for selection in chosen:
@@ -203,10 +212,10 @@ class Rewriter:
                 area = mask_on_map(selection.mask, size, self._image_size, what, captured.margin)
                 box = bounding_box(area, what)
             targets.append(make_target(conv, captured, selection.image, goal, box))
-        patch = self._insert(targets, captured, direction, settings, clock, progress, impl, edit.latents)
+        patch = self._insert(targets, captured, direction, settings, clock, progress, impl, [edit])
         patch.name = edit.name
         patch.settings["units"] = units
-        patch.report.judge()
+        patch.report.judge(warn=self.warn)
         return patch
 
     def zero(self, edit: Edit, **overrides) -> LowRankPatch:
@@ -214,8 +223,8 @@ class Rewriter:
         settings = self._settings(edit, None, overrides)
         clock = _Clock()
         context = self._context(edit)
-        captured = self.capture([s.image for s in context], edit.latents)
-        direction = self._directions(captured, context, settings)  # r x I
+        captured = self.capture([s.image for s in [*context, *edit.protect]], edit.latents)
+        direction = self._directions(captured, context, settings, edit.protect)  # r x I
         weight = self.generator.conv_layer(self.layer).weight.detach()  # O x I x kh x kw
         lambda_ = -torch.einsum("oiyx,di->odyx", weight.double(), direction.double())  # O x r x kh x kw
         relative = float(lambda_.norm() / weight.norm())
@@ -256,7 +265,8 @@ class Rewriter:
         targets = [p.target for p in self._targets(captured, edit, settings)]
         penalty = self._penalty(direction, settings.preserve)
         conv = self.generator.conv_layer(self.layer)
-        return self._patch(direction, solve_low_rank(conv, direction, targets, penalty=penalty), settings)
+        lambda_ = solve_low_rank(conv, direction, targets, penalty=penalty)
+        return LowRankPatch([LayerUpdate(self.layer, direction.cpu(), lambda_.float().cpu())], name=edit.name)
 
     def images_of(self, edit: Edit, settings: Settings | None = None) -> list[int]:
         """The numbers of the images that solving the edit looks at, each once."""
@@ -360,7 +370,13 @@ class Rewriter:
             method=settings.key_method,
             shrinkage=settings.shrinkage,
             quantiles=self._quantiles() if settings.key_method == "gandissect" else None,
+            protect=self._protected(captured, protect, settings)[0] if protect else None,
         )
+
+    def _protected(self, captured: Captured, protect: Sequence[Selection], settings: Settings) -> tuple[Tensor, float]:
+        """The protected subspace, m x I, and the part of the protected keys that it leaves out."""
+        examples = context_examples(captured, protect, self._image_size, "protect mask")
+        return protected_subspace(self.moment, examples, rank=settings.protect_rank, shrinkage=settings.shrinkage)
 
     def _targets(self, captured: Captured, edit: Edit, settings: Settings) -> list[Placed]:
         conv = self.generator.conv_layer(self.layer)
@@ -414,7 +430,7 @@ class Rewriter:
         clock: _Clock,
         progress: Progress | None,
         impl: str | None,
-        latents: Mapping[int, Tensor],
+        edits: Sequence[Edit],
     ) -> LowRankPatch:
         conv = self.generator.conv_layer(self.layer)
         targets = [p.target for p in placed]
@@ -435,7 +451,7 @@ class Rewriter:
                 lambda_, shown = result.lambda_, float(result.losses[-1])
         clock.lap("solve")
         patch = self._patch(direction, lambda_, settings)
-        patch.report = self._measure(patch, placed, captured, settings, shown, latents)
+        patch.report = self._measure(patch, placed, captured, settings, shown, edits)
         clock.lap("report")
         patch.report.seconds = clock.seconds
         return patch
@@ -459,11 +475,11 @@ class Rewriter:
         captured: Captured,
         settings: Settings,
         shown: float | None,
-        latents: Mapping[int, Tensor],
+        edits: Sequence[Edit],
     ) -> Report:
         """Apply the patch, run the target images through the generator again, compare with the goals, take it off."""
         with patch.applied(self.generator):
-            after = self.capture(captured.index, latents)
+            after = self.capture(captured.index, {n: w for e in edits for n, w in e.latents.items()})
         losses = []
         for target in placed:
             row = captured.index[target.image]
@@ -482,7 +498,28 @@ class Rewriter:
             context_changed=sum(t["after"] <= (1 - CHANGED) * t["before"] for t in losses) / len(losses),
             relative_size=float(patch.updates[0].delta().norm() / weight.detach().double().norm()),
             targets=losses,
+            protected=self._protection(edits, captured, after, settings),
         )
+
+    def _protection(
+        self, edits: Sequence[Edit], before: Captured, after: Captured, settings: Settings
+    ) -> dict[str, float] | None:
+        """What became of the protected pixels; None where nothing is protected."""
+        regions = [s for e in edits for s in e.protect]
+        if not regions:
+            return None
+        parts = [self._protected(before, e.protect, settings) for e in edits if e.protect]
+        change = size = 0.0
+        for selection in regions:
+            area = mask_on_map(selection.mask, before.value_size, self._image_size, "protect mask")  # H x W
+            row, area = before.index[selection.image], area.to(before.value.device)
+            change += float(((after.value[row] - before.value[row]).abs().mean(0) * area).sum())
+            size += float((before.value[row].abs().mean(0) * area).sum())
+        return {
+            "dimensions": sum(len(u) for u, _ in parts),
+            "left_out": max(left_out for _, left_out in parts),
+            "change": change / size if size > 0 else 0.0,
+        }
 
 
 class _Clock:
@@ -524,12 +561,13 @@ def _places(edit: Edit, settings: Settings) -> list[tuple[str, Selection]]:
 def _numbers(edit: Edit, settings: Settings) -> list[int]:
     _required(edit.object, "object")
     selections = [edit.object, *(s for _, s in _places(edit, settings)), *edit.context]
-    return [s.image for s in selections]
+    return [s.image for s in [*selections, *edit.protect]]
 
 
 def _islands(edit: Edit) -> dict[str, list[int]]:
     named = [("object mask", edit.object), ("paste mask", edit.paste)]
     named += [(f"context mask {i}", s) for i, s in enumerate(edit.context)]
+    named += [(f"protect mask {i}", s) for i, s in enumerate(edit.protect)]
     found = {}
     for what, selection in named:
         if selection is not None:

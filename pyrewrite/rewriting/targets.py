@@ -79,7 +79,7 @@ def _capture_w(generator: Generator, layer: str, w: Tensor) -> Activation:
 
 
 def captured_from(layer: str, numbers: Sequence[int], parts: Sequence[Activation]) -> Captured:
-    """Activations of the numbered images, joined. NonFiniteError names the layer and the images with NaN or infinity."""
+    """Activations of the numbered images, joined. NonFiniteError names layer and images with NaN or infinity."""
     key = torch.cat([p.key for p in parts])  # B x I x h x w
     value = torch.cat([p.value for p in parts])  # B x O x H x W
     finite = torch.isfinite(key).flatten(1).all(1) & torch.isfinite(value).flatten(1).all(1)  # B
@@ -247,15 +247,14 @@ def value_of(conv: ConvLayer, captured: Captured, row: int, key: Tensor) -> Tens
 
 
 def context_examples(
-    captured: Captured, selections: Iterable[Selection], image_size: tuple[int, int]
+    captured: Captured, selections: Iterable[Selection], image_size: tuple[int, int], what: str = "context mask"
 ) -> list[tuple[Tensor, Tensor]]:
     """The context as (key map I x h x w, area h x w) pairs for `keys.context_directions`."""
     examples = []
     for i, selection in enumerate(selections):
-        what = f"context mask {i}"
-        area = mask_on_map(selection.mask, captured.key_size, image_size, what, captured.key_margin)
+        area = mask_on_map(selection.mask, captured.key_size, image_size, f"{what} {i}", captured.key_margin)
         area = area.to(captured.key.device)
         if not (area > 0).any():
-            raise EditError(f"context mask {i} (image {selection.image}) is empty: expected painted pixels")
+            raise EditError(f"{what} {i} (image {selection.image}) is empty: expected painted pixels")
         examples.append((captured.key[captured.index[selection.image]], area))
     return examples

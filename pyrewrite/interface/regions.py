@@ -1,0 +1,34 @@
+"""Selecting by a click: the connected region whose whitened keys resemble the one that was clicked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..rewriting.selection import connected_region
+from .document import Document, Mask
+from .model import Model
+
+
+def resemblance(model: Model, document: Document, image: int, y: int, x: int) -> Tensor:
+    """How alike every key of a picture is to the one under picture pixel (y, x): h x w on the key map, in [-1, 1].
+
+    The cosine between whitened keys: what many pictures have in common says little about what was clicked.
+    """
+    (activation,) = model.activations(document.layer, [image], document.latents)
+    key = activation.key[0].double()  # I x h x w
+    whitener = model.rewriter(document.layer).moment.whitener(document.settings.shrinkage).to(key.device)
+    white = torch.nn.functional.normalize(torch.einsum("ij,jhw->ihw", whitener, key), dim=0)
+    size = model.generator.image_size
+    row, column = y * key.shape[1] // size, x * key.shape[2] // size
+    return torch.einsum("i,ihw->hw", white[:, row, column], white)
+
+
+def region_by_click(model: Model, document: Document, image: int, y: int, x: int, alike: float) -> Mask:
+    """The region around picture pixel (y, x): 4-connected on the picture, everywhere at least `alike` (0 to 1)."""
+    size = model.generator.image_size
+    alike_map = resemblance(model, document, image, y, x)[None, None]
+    smooth = torch.nn.functional.interpolate(alike_map, (size, size), mode="bilinear", align_corners=False)
+    inside = (smooth[0, 0] >= alike).cpu()
+    inside[y, x] = True
+    return Mask.of(connected_region(inside, y, x))
