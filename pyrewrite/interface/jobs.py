@@ -40,7 +40,7 @@ def execute(r: Request) -> None:
     session, document = r.session, r.document
     if document.object is None:
         raise ValueError("there is no object: copy one first")
-    record = document.record(generator=session.identity)
+    record = document.record(generator=session.identity, images=session.model.generator.settings())
 
     def run(job: Job) -> dict[str, Any]:
         session.ensure_statistics(document.layer, job, quantiles=document.settings.key_method == "gandissect")
@@ -59,7 +59,7 @@ def erase(r: Request) -> None:
     session, document = r.session, r.document
     if not document.context and document.paste is None:
         raise ValueError("there is no context: add one first")
-    record = document.record(generator=session.identity)
+    record = document.record(generator=session.identity, images=session.model.generator.settings())
 
     def run(job: Job) -> dict[str, Any]:
         session.ensure_statistics(document.layer, job)

@@ -511,7 +511,8 @@ class Rewriter:
         parts = [self._protected(before, e.protect, settings) for e in edits if e.protect]
         change = size = 0.0
         for selection in regions:
-            area = mask_on_map(selection.mask, before.value_size, self._image_size, "protect mask")  # H x W
+            what = "protect mask"
+            area = mask_on_map(selection.mask, before.value_size, self._image_size, what, before.margin)  # H x W
             row, area = before.index[selection.image], area.to(before.value.device)
             change += float(((after.value[row] - before.value[row]).abs().mean(0) * area).sum())
             size += float((before.value[row].abs().mean(0) * area).sum())
