@@ -298,7 +298,7 @@ def read_gallery(r: Request) -> dict[str, Any]:
 
 
 def gallery(r: Request) -> dict[str, Any] | None:
-    """apply: solve a bundled edit and put it on the stack. load: make it the document's selections. Neither: list."""
+    """apply: solve a bundled edit on the weights as they are and put it on the stack. load: make it the document's selections. Neither: list."""
     if "apply" not in r.fields and "load" not in r.fields:
         return read_gallery(r)
     field = "apply" if "apply" in r.fields else "load"
@@ -311,6 +311,8 @@ def gallery(r: Request) -> dict[str, Any] | None:
         _take(r, record, f"load {demo.title}")
         return {"name": demo.name}
     session = r.session
+    if any(e.name == demo.title for e in r.document.edits):
+        raise ValueError(f"{demo.title} is on the stack already")
 
     def run(job: Job) -> dict[str, Any]:
         session.ensure_statistics(record.layer, job)
