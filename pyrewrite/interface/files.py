@@ -298,7 +298,9 @@ def read_gallery(r: Request) -> dict[str, Any]:
 
 
 def gallery(r: Request) -> dict[str, Any] | None:
-    """apply: solve a bundled edit on the weights as they are and put it on the stack. load: make it the document's selections. Neither: list."""
+    """apply: solve a bundled edit, on the weights as they are, and put it on the stack. load: make it the document's
+    selections. Neither: the list.
+    """
     if "apply" not in r.fields and "load" not in r.fields:
         return read_gallery(r)
     field = "apply" if "apply" in r.fields else "load"
