@@ -46,7 +46,8 @@ def execute(r: Request) -> None:
         session.ensure_statistics(document.layer, job, quantiles=document.settings.key_method == "gandissect")
         rewriter = session.model.rewriter(document.layer)
         job.step, job.steps = 0, document.settings.steps
-        patch = rewriter.solve(record, progress=progress_of(session, job))
+        captured = session.model.captured(document.layer, rewriter.images_of(record), document.latents)
+        patch = rewriter.solve(record, progress=progress_of(session, job), captured=captured)
         return _finish(session, document, record, patch, "execute")
 
     start(r, "execute", "Execute", run)

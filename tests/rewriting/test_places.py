@@ -70,7 +70,7 @@ def test_a_brought_picture_solves_as_the_one_it_is(rewriters, edit):
     assert mine.report.loss_after == pytest.approx(theirs.report.loss_after, rel=1e-3)
     assert {t["image"] for t in mine.report.targets} == {1, 3, 1_000_200}
     again.latents[1_000_100] = torch.zeros(5)
-    with pytest.raises(EditError, match="latents.*w is B x 128"):
+    with pytest.raises(EditError, match=r"latents.*w is B x 128"):
         rw.solve(again, **QUICK)
     progan = rewriters("peeps-progan", "layer4")
     with pytest.raises(EditError, match="need a StyleGAN2; this is a progan"):
