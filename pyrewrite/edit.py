@@ -144,6 +144,9 @@ class Edit:
     protect: Selections of what must not change. places: picture number -> Place, for pictures where the object does not
     land at the centre of the mask or not at all. latents: picture number -> w (w_dim, or num_ws x w_dim, float32), for
     pictures that are not among the generator's numbered ones.
+    images: what else than seed and truncation decides the numbered pictures, where it is not the default, as
+    `Generator.settings()` says it: {"label": 3, "noise": "none", "truncation_layers": 8}. None: the record does not
+    say.
     """
 
     object: Selection | None = None
@@ -157,6 +160,7 @@ class Edit:
     protect: list[Selection] = field(default_factory=list)
     places: dict[int, Place] = field(default_factory=dict)
     latents: dict[int, Tensor] = field(default_factory=dict)
+    images: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -211,6 +215,7 @@ class Edit:
             protect=_selections(own.get("protect"), source, "pyrewrite.protect"),
             places=_places(own.get("places"), source),
             latents=_latents(own.get("latents"), source),
+            images=_images(own, source),
             extra={k: v for k, v in record.items() if k not in known},
         )
 
@@ -230,6 +235,7 @@ class Edit:
             "settings": self.settings or None,
             "protect": [list(s) for s in self.protect] or None,
             "places": {str(n): dataclasses.asdict(p) for n, p in self.places.items()} or None,
+            "images": self.images or None,
             "latents": {str(n): _latent_url(w) for n, w in self.latents.items()} or None,
         }
         record["pyrewrite"] = {k: v for k, v in own.items() if v is not None}
@@ -299,6 +305,31 @@ def _places(value: Any, source: str) -> dict[int, Place]:
             raise EditError(f"{what}: on is {item['on']!r}; expected true or false")
         places[number] = Place(**item)
     return places
+
+
+_IMAGES = {
+    "label": (lambda value: type(value) is int and value >= 0, "a whole number from 0"),
+    "noise": (lambda value: value in ("fixed", "none"), "fixed or none: edits need the same pictures each time"),
+    "truncation_layers": (lambda value: type(value) is int and value >= 0, "a whole number from 0"),
+}
+
+
+def _images(own: dict[str, Any], source: str) -> dict[str, Any] | None:
+    """What decides the numbered pictures. A record that says its truncation and not these means the defaults; others,
+    such as the official ones, say nothing.
+    """
+    value = own.get("images")
+    if value is None:
+        return {} if "truncation" in (own.get("settings") or {}) else None
+    if not isinstance(value, dict):
+        raise EditError(f"{source}: field 'pyrewrite.images' is {_kind(value)}; expected an object")
+    for name, given in value.items():
+        if name not in _IMAGES:
+            raise EditError(f"{source}: field 'pyrewrite.images': unknown {name!r}; expected {', '.join(_IMAGES)}")
+        fits, expected = _IMAGES[name]
+        if not fits(given):
+            raise EditError(f"{source}: field 'pyrewrite.images.{name}' is {given!r:.60}; expected {expected}")
+    return dict(value)
 
 
 _LATENT_URL = "data:application/octet-stream;base64,"  # of an .npy file

@@ -62,16 +62,22 @@ def modulated(weight, x, styles, demodulate, f=None):
     return torch.cat(out)
 
 
-def layer(state, name, x, w, up, noise):
+def clamped(x, bound):
+    return x if bound is None else x.clamp(-bound, bound)
+
+
+def layer(state, name, x, w, up, noise, clamps=None):
     f = square_filter(state[f"{name}.resample_filter"]) if up else None
     x = modulated(state[f"{name}.weight"], x, dense(state, f"{name}.affine", w), True, f)
     if noise and f"{name}.noise_const" in state:
         x = x + state[f"{name}.noise_const"] * state[f"{name}.noise_strength"]
-    return F.leaky_relu(x + state[f"{name}.bias"][:, None, None], 0.2) * math.sqrt(2)
+    x = F.leaky_relu(x + state[f"{name}.bias"][:, None, None], 0.2) * math.sqrt(2)
+    return clamped(x, (clamps or {}).get(name))
 
 
-def images(state, z, label=None, truncation=1.0, noise=True):
-    """state: names of NVIDIA's layout -> B x C x H x W, not clamped."""
+def images(state, z, label=None, truncation=1.0, noise=True, clamps=None):
+    """state: names of NVIDIA's layout -> B x C x H x W, not clamped. clamps: layer -> bound of what it puts out."""
+    clamps = clamps or {}
     w = mapped(state, z, label)
     if truncation != 1:
         w = state["mapping.w_avg"] + truncation * (w - state["mapping.w_avg"])
@@ -80,11 +86,12 @@ def images(state, z, label=None, truncation=1.0, noise=True):
     while f"synthesis.b{resolution}.conv1.weight" in state:
         block = f"synthesis.b{resolution}"
         if resolution > base:
-            x = layer(state, f"{block}.conv0", x, w, True, noise)
-        x = layer(state, f"{block}.conv1", x, w, False, noise)
+            x = layer(state, f"{block}.conv0", x, w, True, noise, clamps)
+        x = layer(state, f"{block}.conv1", x, w, False, noise, clamps)
         weight = state[f"{block}.torgb.weight"]
         style = dense(state, f"{block}.torgb.affine", w) / math.sqrt(weight.shape[1] * weight.shape[2] ** 2)
         new = modulated(weight, x, style, False) + state[f"{block}.torgb.bias"][:, None, None]
+        new = clamped(new, clamps.get(f"{block}.torgb"))
         if rgb is not None:
             f = square_filter(state[f"{block}.resample_filter"])
             new = new + upfirdn(rgb, 4 * f, 2, (len(f) + 1) // 2, (len(f) - 2) // 2)

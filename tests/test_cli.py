@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import nvidia_reference as nvidia
@@ -92,6 +93,22 @@ def test_class_labels(run, tmp_path):
         text = run("stats", tmp_path / name, "layer4", "--samples", 2, "--label", label, fails=True)
         assert "label is a class number from 0 to 2" in text
     assert "no class labels" in run("stats", "peeps-progan", "layer4", "--label", 1, fails=True)
+
+
+def test_solve_follows_the_records_pictures(run, tmp_path):
+    state = nvidia.random_state(classes=3, channels=(8, 8, 8))
+    (tmp_path / "network.pkl").write_bytes(nvidia.dumps({"G_ema": nvidia.network(state, "")}))
+    url = mask_url(16, 2, 2, 12, 12)
+    images = {"label": 2, "noise": "none"}
+    edit = Edit(Selection(0, url), Selection(1, url), [Selection(2, url)], layer="layer4", images=images)
+    edit.save(tmp_path / "edit.json")
+    command = ("solve", tmp_path / "network.pkl", tmp_path / "edit.json", "--out", tmp_path / "x.safetensors", "--json")
+    options = ("--samples", 6, "--rank", 1, "--steps", 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing in a random network is an object
+        settings = json.loads(run(*command, *options))["settings"]
+    assert (settings["label"], settings["noise"]) == (2, "none")
+    assert "made with label 2, noise none" in run(*command, *options, "--label", 1, fails=True)
 
 
 def test_convert(run, tmp_path):

@@ -1,6 +1,7 @@
 // Chooses the kernel for a device and an input, by rules that depend on nothing that changes from call to call.
 #include "common/device.h"
 #include "second_moment/launch.h"
+#include "second_moment/sm90_layout.h"
 
 namespace pyrewrite {
 namespace {
@@ -13,6 +14,7 @@ struct Choice {
 
 struct Gpu {
   int major = 0, minor = 0, multiprocessors = 0, shared_bytes = 0;  // of a multiprocessor
+  bool sm90 = false;
 };
 
 Status look_up(int device, MomentFamily family, Gpu* gpu) {
@@ -23,6 +25,7 @@ Status look_up(int device, MomentFamily family, Gpu* gpu) {
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&gpu->shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   if (error != cudaSuccess) return cuda_status(error, "asking for the properties", device);
+  gpu->sm90 = gpu->major == 9 && gpu->minor == 0 && sm90_is_built();
   if (family == MomentFamily::sm80 && gpu->major < 8)
     return Status::error(Status::kUnsupported,
                          "second moment: the kernels for compute capability 8.0 were asked for, "
@@ -31,10 +34,21 @@ Status look_up(int device, MomentFamily family, Gpu* gpu) {
   return {};
 }
 
+// Whether the Hopper kernels can copy p: boxes of 16-bit input, vectors of float32.
+bool fits_sm90(const SecondMomentParams& p) {
+  if (p.dtype != DType::float32) return sm90::boxes_fit(p);
+  return p.d >= 8 && access_of(p, 16) != Access::elements;
+}
+
+// On 9.0 the Hopper kernels take all that they can copy.
 // float32 from three tensor-core products each pays where a multiprocessor makes 1024 TF32 products a cycle or more: on
 // 8.0, 9.0 and 10.x. The others (8.6, 8.7, 8.9, 12.x) make as many TF32 as float32 products, so there float32 takes the
 // ordinary units. Before 8.0 everything does.
 const MomentKernel& kernel_for(const SecondMomentParams& p, Precision precision, MomentFamily family, const Gpu& gpu) {
+  if (family == MomentFamily::by_rule && gpu.sm90 && fits_sm90(p)) {
+    const bool single = p.d <= 128;
+    return p.dtype == DType::float32 ? sm90_float32_kernel(single, precision) : sm90_16bit_kernel(single, p.dtype);
+  }
   const int tile = tile_for(p.d);
   const bool fast_tf32 = (gpu.major == 8 && gpu.minor == 0) || gpu.major == 9 || gpu.major == 10;
   const bool plain_float32 = p.dtype == DType::float32 && precision == Precision::fp32;
@@ -53,7 +67,11 @@ Choice choose(const SecondMomentParams& p, Precision precision, MomentFamily fam
   const int room = gpu.shared_bytes / (choice.kernel->shared_bytes + 1024);  // 1 KB of a block is the system's
   const int resident =
       room < choice.kernel->blocks_per_multiprocessor ? room : choice.kernel->blocks_per_multiprocessor;
-  choice.plan = make_plan(side, p.images * p.height * p.width, gpu.multiprocessors * (resident > 0 ? resident : 1),
+  // Clusters do not cross the parts that a GPU is built of, so some multiprocessors may stay without one: 4 of 132.
+  const int multiprocessors = gpu.multiprocessors - (choice.kernel->cluster > 1 ? gpu.multiprocessors / 32 : 0);
+  const int places = multiprocessors * (resident > 0 ? resident : 1) / choice.kernel->cluster;
+  const bool boxes = choice.kernel->boxes;
+  choice.plan = make_plan(side, boxes ? sm90::rows_of_boxes(p) : p.images * p.height * p.width, places > 0 ? places : 1,
                           choice.kernel->work_on_diagonal);
   return choice;
 }
@@ -69,7 +87,8 @@ Status second_moment_workspace(const SecondMomentParams& params, Precision preci
   return for_parts(params, [&](const SecondMomentParams& p) -> Status {
     const Choice choice = choose(p, precision, family, gpu);
     const std::size_t tile = choice.kernel->tile;
-    const std::size_t needed = choice.plan.blocks() * tile * tile * sizeof(Pair);
+    const std::size_t needed =
+        choice.plan.blocks() * tile * tile * sizeof(Pair) + (choice.kernel->scaled ? p.d * sizeof(std::uint32_t) : 0);
     if (needed > *bytes) *bytes = needed;
     return {};
   });
@@ -86,14 +105,22 @@ Status second_moment_cuda(const SecondMomentParams& params, Precision precision,
   if (!status.ok()) return status;
   status = for_parts(params, [&](const SecondMomentParams& p) -> Status {
     const Choice choice = choose(p, precision, family, gpu);
-    const MomentLaunch launch{make_source(p), choice.access, p.dtype, choice.plan, static_cast<Pair*>(workspace),
-                              moment,         stream};
+    const std::int64_t tile = choice.kernel->tile;
+    Pair* const pairs = static_cast<Pair*>(workspace);
+    const MomentLaunch launch{
+        make_source(p),
+        choice.access,
+        p.dtype,
+        choice.plan,
+        pairs,
+        moment,
+        stream,
+        choice.kernel->scaled ? reinterpret_cast<std::uint32_t*>(pairs + choice.plan.blocks() * tile * tile) : nullptr};
     cudaError_t error = choice.kernel->partial(launch);
     if (error == cudaSuccess) error = choice.kernel->reduce(launch);
     return cuda_status(error, "second moment", device);
   });
-  if (!status.ok() || !wait) return status;
-  return cuda_status(cudaStreamSynchronize(stream), "second moment", device);
+  return wait ? waited_for(status, stream, "second moment", device) : status;
 }
 
 }  // namespace pyrewrite

@@ -21,6 +21,9 @@ struct MomentLaunch {
   Pair* workspace;  // plan.blocks() x tile * tile, in the order of the kernel's threads
   MomentView moment;
   cudaStream_t stream;
+  // float32 input as scaled half numbers: of every channel the largest magnitude in some rows, the bits of a float. The
+  // kernels fill it before they use it. nullptr: not scaled.
+  std::uint32_t* peaks;
 };
 
 // One way to compute: the side of its tiles, the bytes of a copy (see access_of), what a multiprocessor holds, its
@@ -32,6 +35,9 @@ struct MomentKernel {
   int shared_bytes;                             // of a block
   cudaError_t (*partial)(const MomentLaunch&);  // the blocks' partial sums
   cudaError_t (*reduce)(const MomentLaunch&);   // their sums, added to the moment
+  int cluster = 1;                              // blocks that compute a tile together
+  bool scaled = false;                          // needs peaks
+  bool boxes = false;                           // copies boxes, which do not cross images
 };
 
 // float32 arithmetic of the ordinary units; any GPU. tile: 64 or 128.
@@ -39,5 +45,9 @@ const MomentKernel& simt_kernel(int tile, DType dtype);
 // Tensor cores from compute capability 8.0 on.
 const MomentKernel& sm80_float32_kernel(int tile, Precision precision);
 const MomentKernel& sm80_16bit_kernel(int tile, DType dtype);
+// Tensor cores of 9.0a, and whether this build has code for them that the current device can run.
+const MomentKernel& sm90_float32_kernel(bool single, Precision precision);
+const MomentKernel& sm90_16bit_kernel(bool single, DType dtype);
+bool sm90_is_built();
 
 }  // namespace pyrewrite

@@ -39,13 +39,18 @@ __device__ double sum_again(const Source& source, int i, int j, int lane) {
 // and float32 sums may overflow where float64 ones do not.
 template <typename Traits, typename T>
 __global__ void __launch_bounds__(32 * kReduceGroups)
-    reduce_kernel(const __grid_constant__ Source source, const Plan plan, const Pair* workspace, MomentView moment) {
+    reduce_kernel(const __grid_constant__ Source source, const Plan plan, const Pair* workspace,
+                  const std::uint32_t* peaks, MomentView moment) {
   constexpr int kElements = Traits::kTile * Traits::kTile;
   __shared__ double sums[kReduceGroups][32];
   const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
   const int tile = blockIdx.y, position = blockIdx.x * 32 + lane;
+  const TriangleTile at = plan.place(tile);
+  const TileElement element = Traits::coordinates(position, at.row == at.column);
+  const int i = at.row * Traits::kTile + element.row, j = at.column * Traits::kTile + element.column;
+  const bool mine = i <= j && j < source.d;
   const int parts = plan.parts_of(tile), share = (parts + kReduceGroups - 1) / kReduceGroups;
-  const int first = group * share, last = min(first + share, parts);
+  const int first = group * share, last = mine ? min(first + share, parts) : 0;
   double total = 0;
 #pragma unroll 4
   for (int part = first; part < last; ++part) {
@@ -58,19 +63,18 @@ __global__ void __launch_bounds__(32 * kReduceGroups)
   if (group != 0) return;
   for (int other = 1; other < kReduceGroups; ++other) total += sums[other][lane];
 
-  const TriangleTile at = plan.place(tile);
-  const TileElement element = Traits::coordinates(position);
-  const int i = at.row * Traits::kTile + element.row, j = at.column * Traits::kTile + element.column;
-  const bool mine = i <= j && j < source.d;
+  bool redone = false;
   unsigned again = __ballot_sync(0xffffffffu, mine && !isfinite(total));
   while (again != 0) {
     const int which = __ffs(again) - 1;
     again &= again - 1;
     const double sum =
         sum_again<T>(source, __shfl_sync(0xffffffffu, i, which), __shfl_sync(0xffffffffu, j, which), lane);
-    if (lane == which) total = sum;
+    if (lane == which) total = sum, redone = true;
   }
   if (!mine) return;
+  // What was computed again was not scaled.
+  if (peaks != nullptr && !redone) total = scalbn(total, -scale_exponent(peaks[i]) - scale_exponent(peaks[j]));
   moment.data[i * moment.row_stride + j * moment.column_stride] += total;
   if (i != j) moment.data[j * moment.row_stride + i * moment.column_stride] += total;
 }
@@ -79,7 +83,8 @@ template <typename Traits>
 cudaError_t reduce_partials(const MomentLaunch& launch) {
   const dim3 grid(Traits::kTile * Traits::kTile / 32, launch.plan.tiles());
   const auto run = [&](auto kernel) {
-    kernel<<<grid, 32 * kReduceGroups, 0, launch.stream>>>(launch.source, launch.plan, launch.workspace, launch.moment);
+    kernel<<<grid, 32 * kReduceGroups, 0, launch.stream>>>(launch.source, launch.plan, launch.workspace, launch.peaks,
+                                                           launch.moment);
     return cudaGetLastError();
   };
   switch (launch.dtype) {

@@ -250,4 +250,13 @@ inline Access access_of(const SecondMomentParams& p, int bytes) {
   return Access::elements;
 }
 
+// A power of two that brings a channel of this largest magnitude (of a sample of its rows) to 128 ... 256: far below
+// the largest half number, 65504, and as far above the smallest. 1 where the sample does not tell.
+PYREWRITE_BOTH int scale_exponent(std::uint32_t peak) {  // peak: the bits of a float that is not negative
+  const int exponent = static_cast<int>(peak >> 23);
+  if (peak == 0 || exponent == 255) return 0;
+  const int scale = 7 - ((exponent == 0 ? 1 : exponent) - 127);
+  return scale > 126 ? 126 : scale;
+}
+
 }  // namespace pyrewrite

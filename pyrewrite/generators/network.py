@@ -6,6 +6,7 @@ import abc
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +23,14 @@ class Activation:
     """One layer's input and output for a batch, with what it takes to go on from there.
 
     key    B x I x h x w, the input of the convolution
-           (StyleGAN2: after modulation; ProGAN: after PixelNorm and up-sampling)
+           (StyleGAN2 and 3: after modulation; ProGAN: after PixelNorm and up-sampling)
     value  B x O x H x W, the output
-           (StyleGAN2: after demodulation, blur, noise, bias and leaky ReLU; ProGAN: the bare convolution)
+           (StyleGAN2: after demodulation, blur, noise, bias and leaky ReLU; StyleGAN3: after demodulation and bias,
+           before the filtered leaky ReLU; ProGAN: the bare convolution)
     style  B x I, or None where the family has no modulation
     noise  H x W, already times the noise strength, the same for every image; None where the family has no noise
     carry  what else flows past the layer; only `Generator.finish` of the same generator knows what it is
+    margin, key_margin  pixels of the value and of the key map around the picture, on every side: see EditableLayer
     """
 
     key: Tensor
@@ -35,6 +38,8 @@ class Activation:
     style: Tensor | None
     noise: Tensor | None
     carry: Any
+    margin: int = 0
+    key_margin: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +49,7 @@ class EditableLayer:
     resolution is the height of the value map, key_resolution that of the key map; key_size its height and width where
     it is not square. upsample: the convolution itself
     doubles the resolution (StyleGAN2, odd layers). conv is the module that holds the weight.
+    margin, key_margin: pixels around the picture, on every side of the value map and of the key map (StyleGAN3).
     """
 
     name: str
@@ -55,6 +61,8 @@ class EditableLayer:
     upsample: bool
     conv: nn.Module
     key_size: tuple[int, int] | None = None
+    margin: int = 0
+    key_margin: int = 0
 
     @property
     def weight(self) -> nn.Parameter:
@@ -69,6 +77,10 @@ class EditableLayer:
 
 class Layers(dict):
     """Editable layers by name, in the order in which they run."""
+
+    def at(self, index: int) -> EditableLayer:
+        """Layer number `index`, the first is 0."""
+        return next(islice(self.values(), index, None))
 
     def __missing__(self, name: object) -> EditableLayer:
         raise UnknownLayerError(f"there is no layer {name!r}; this generator has {', '.join(self)}")

@@ -10,6 +10,7 @@ in its place.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -46,9 +47,52 @@ OPERATORS = {
         ),
         Operator("project_", (torch.float32,), cpu="project_cpu", cuda="project_cuda"),
         Operator("project_adam_", (torch.float32,), cpu="project_cpu", cuda="project_cuda"),
+        Operator("conv3x3", (torch.float32,), cpu="conv3x3_cpu", cuda=None),
+        Operator("upconv3x3", (torch.float32,), cpu="upconv3x3_cpu", cuda=None),
         Operator("insert_low_rank", (torch.float32,), cpu="insertion_steps_cpu", cuda="insertion_steps_cuda"),
     )
 }
+
+
+class TorchOperator:
+    """A function as a torch operator "pyrewrite::...": dispatch, `torch.compile`, and `register_fake` and
+    `register_autograd` as those of `torch.library.custom_op`.
+
+    That one is not used because its first call imports the compiler (torch._dynamo), which takes two to three seconds
+    of every process that never compiles. mutates: the first so many arguments, tensors or lists of tensors, that are
+    changed in place; their version counters move, which an operator defined from its parts has to do by itself.
+    """
+
+    def __init__(self, name: str, function: Callable, mutates: Sequence[str]) -> None:
+        self.name = name
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+        @functools.wraps(function)
+        def kernel(*arguments: Any) -> Any:
+            for changed in arguments[: len(mutates)]:
+                tensors = [changed] if isinstance(changed, Tensor) else changed
+                # A tensor made in inference mode keeps no versions.
+                torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+            return function(*arguments)
+
+        torch.library.impl(name, "default", kernel)
+        namespace, short = name.split("::")
+        self._operator = getattr(getattr(torch.ops, namespace), short).default
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._operator(*arguments)
+
+    def register_fake(self, function: Callable) -> Callable:
+        return torch.library.register_fake(self.name, function)
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+
+
+def torch_operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable], TorchOperator]:
+    """Decorator: the function as `TorchOperator`."""
+    return lambda function: TorchOperator(name, function, mutates)
 
 
 class MissingKernelError(RuntimeError):
@@ -192,3 +236,10 @@ def launch_place(tensor: Tensor) -> tuple[int, int, bool]:
     if tensor.device.type == "cuda":
         return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream, False
     return 0, 0, True
+
+
+def workspace(size: int, like: Tensor) -> Tensor:
+    """Uninitialised bytes beside `like`. torch gives them to nobody else before the current stream is done with them,
+    and a CUDA graph keeps them.
+    """
+    return like.new_empty(size, dtype=torch.uint8)

@@ -39,7 +39,7 @@ def project_adam_ref(
 
 def project(weight: Tensor, base: Tensor, direction: Tensor, *, impl: str | None = None) -> Tensor:
     """The projected weight as a new tensor; differentiable in all three. Arguments as for project_, one weight."""
-    return torch.ops.pyrewrite.project(weight, base, direction, impl)
+    return _project(weight, base, direction, impl)
 
 
 def project_(weight: Tensors, base: Tensors, direction: Tensors, *, impl: str | None = None) -> Tensors:
@@ -56,7 +56,7 @@ def project_(weight: Tensors, base: Tensors, direction: Tensors, *, impl: str | 
     weights, bases, directions = _lists(weight, base, direction)
     _refuse_grad("project_", weights)
     if weights:
-        torch.ops.pyrewrite.project_(weights, bases, directions, impl)
+        _project_(weights, bases, directions, impl)
     return weight
 
 
@@ -76,13 +76,11 @@ def project_adam_(
                                 ((grad, "grad"), (exp_avg, "exp_avg"), (exp_avg_sq, "exp_avg_sq")))  # fmt: skip
     _refuse_grad("project_adam_", [*weights, *averages, *squares])
     if weights:
-        torch.ops.pyrewrite.project_adam_(
-            weights, bases, directions, grads, averages, squares, step, lr, *betas, eps, project, impl
-        )
+        _project_adam_(weights, bases, directions, grads, averages, squares, step, lr, *betas, eps, project, impl)
     return weight
 
 
-@torch.library.custom_op("pyrewrite::project_", mutates_args=("weight",))
+@_library.torch_operator("pyrewrite::project_", mutates=("weight",))
 def _project_(weight: list[Tensor], base: list[Tensor], direction: list[Tensor], impl: str | None = None) -> None:
     _check(weight, {"base": base}, direction, impl)
     chosen = _library.resolve("project_", impl, weight[0])
@@ -98,7 +96,7 @@ def _(weight: list[Tensor], base: list[Tensor], direction: list[Tensor], impl: s
     _check(weight, {"base": base}, direction, impl)
 
 
-@torch.library.custom_op("pyrewrite::project_adam_", mutates_args=("weight", "exp_avg", "exp_avg_sq"))
+@_library.torch_operator("pyrewrite::project_adam_", mutates=("weight", "exp_avg", "exp_avg_sq"))
 def _project_adam_(
     weight: list[Tensor], base: list[Tensor], direction: list[Tensor], grad: list[Tensor], exp_avg: list[Tensor],
     exp_avg_sq: list[Tensor], step: int, lr: float, beta1: float, beta2: float, eps: float, project: bool,
@@ -128,7 +126,7 @@ def _(
     _check_adam(step, lr, beta1, beta2, eps)
 
 
-@torch.library.custom_op("pyrewrite::project", mutates_args=())
+@_library.torch_operator("pyrewrite::project")
 def _project(weight: Tensor, base: Tensor, direction: Tensor, impl: str | None = None) -> Tensor:
     _check([weight], {"base": [base]}, [direction], impl)
     result = weight.clone()

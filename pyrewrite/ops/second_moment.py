@@ -50,16 +50,16 @@ def second_moment_(moment: Tensor, x: Tensor, *, precision: str = "fp32", impl: 
         raise RuntimeError(
             "second_moment_ adds in place and has no gradient: call it under torch.no_grad(), or use second_moment(x)"
         )
-    torch.ops.pyrewrite.second_moment_(moment, x, precision, impl)
+    _second_moment_(moment, x, precision, impl)
     return moment
 
 
 def second_moment(x: Tensor, *, precision: str = "fp32", impl: str | None = None) -> Tensor:
     """The second moment of `x` as a new d x d float64 tensor; differentiable. Arguments as for second_moment_."""
-    return torch.ops.pyrewrite.second_moment(x, precision, impl)
+    return _second_moment(x, precision, impl)
 
 
-@torch.library.custom_op("pyrewrite::second_moment_", mutates_args=("moment",))
+@_library.torch_operator("pyrewrite::second_moment_", mutates=("moment",))
 def _second_moment_(moment: Tensor, x: Tensor, precision: str, impl: str | None = None) -> None:
     _check(x, precision, impl)
     _check_moment(moment, x)
@@ -75,7 +75,7 @@ def _(moment: Tensor, x: Tensor, precision: str, impl: str | None = None) -> Non
     _check_moment(moment, x)
 
 
-@torch.library.custom_op("pyrewrite::second_moment", mutates_args=())
+@_library.torch_operator("pyrewrite::second_moment")
 def _second_moment(x: Tensor, precision: str, impl: str | None = None) -> Tensor:
     _check(x, precision, impl)
     return _compute(x, precision, impl)
@@ -155,15 +155,10 @@ def _add_cuda(moment: Tensor, x: Tensor, precision: str) -> None:
         return
     how = (*_native_view(x), _PRECISIONS.index(precision), _CUDA_FAMILY)
     device, stream, wait = _library.launch_place(x)
-    workspace = _workspace(_library.native().second_moment_workspace(*how, device), x)
+    workspace = _library.workspace(_library.native().second_moment_workspace(*how, device), x)
     _library.native().second_moment_cuda(
         *how, moment.data_ptr(), moment.stride(), workspace.data_ptr(), device, stream, wait
     )
-
-
-def _workspace(size: int, like: Tensor) -> Tensor:
-    """Uninitialised bytes. torch gives them to nobody else before the current stream is done with them."""
-    return like.new_empty(size, dtype=torch.uint8)
 
 
 def _compute_torch(x: Tensor, precision: str) -> Tensor:

@@ -210,7 +210,9 @@ class Rewriter:
             size = captured.value_size
             box = Box(0, 0, *size)
             if not whole:
-                box = bounding_box(mask_on_map(selection.mask, size, self._image_size, "context mask"), "context mask")
+                what = "context mask"
+                area = mask_on_map(selection.mask, size, self._image_size, what, captured.margin)
+                box = bounding_box(area, what)
             targets.append(make_target(conv, captured, selection.image, goal, box))
         patch = self._insert(targets, captured, direction, settings, clock, progress, impl, [edit])
         patch.name = edit.name
@@ -308,8 +310,9 @@ class Rewriter:
             images.append(self.generator.finish(self.layer, activation, value))
         if images:
             alpha[box.slices()] = thing.alpha.cpu()
+        rows, columns = (slice(thing.margin, n - thing.margin) for n in source.value_size)  # what the picture shows
         shown = torch.nn.functional.interpolate(
-            alpha[None, None], self._image_size, mode="bilinear", align_corners=False
+            alpha[None, None, rows, columns], self._image_size, mode="bilinear", align_corners=False
         )
         return torch.cat(images) if images else self._no_images(), shown[0, 0]
 
@@ -337,6 +340,13 @@ class Rewriter:
         if seed is not None and seed != self.seed:
             raise EditError(
                 f"setting 'seed': the record's image numbers belong to seed {seed}, the Rewriter's is {self.seed}"
+            )
+        here = self.generator.settings()
+        if edit.images is not None and edit.images != here and {"label": 0, **edit.images} != {"label": 0, **here}:
+            said, is_ = (", ".join(f"{n} {v}" for n, v in what.items()) or "defaults" for what in (edit.images, here))
+            raise EditError(
+                f"field 'images': the record's pictures were made with {said}, the generator is set to {is_}: "
+                "generator.apply_settings(edit.images) follows the record"
             )
         settings = edit.resolve(preset, **overrides)
         if settings.method == "projected" and settings.preserve > 0:
@@ -456,7 +466,8 @@ class Rewriter:
                 "family": self.generator.family,
                 "hash": patches.original_hash if patches else self.generator.weights_hash(),
             },
-            settings={name: getattr(settings, name) for name in settings.__dataclass_fields__},
+            settings={name: getattr(settings, name) for name in settings.__dataclass_fields__}
+            | self.generator.settings(),
         )
 
     def _measure(

@@ -73,9 +73,12 @@ def encode_mask(mask: np.ndarray | Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def mask_on_map(url: str, size: tuple[int, int], image_size: tuple[int, int], what: str = "mask") -> Tensor:
+def mask_on_map(
+    url: str, size: tuple[int, int], image_size: tuple[int, int], what: str = "mask", margin: int = 0
+) -> Tensor:
     """The mask on a map of `size` (rows, columns): float32 H x W in [0, 1].
 
+    margin: pixels of the map around the picture, on every side; nothing is painted there.
     The mask may be of another size than the image (the official tool paints on 256 x 256 canvases for every
     generator) but must have the image's proportions, else EditError.
     """
@@ -85,8 +88,9 @@ def mask_on_map(url: str, size: tuple[int, int], image_size: tuple[int, int], wh
             f"{what}: the mask is {image.width} x {image.height} pixels and the image "
             f"{image_size[1]} x {image_size[0]}: expected the same proportions"
         )
-    resized = image.resize((size[1], size[0]), resample=Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(resized)).float() / 255  # H x W
+    resized = image.resize((size[1] - 2 * margin, size[0] - 2 * margin), resample=Image.Resampling.BILINEAR)
+    area = torch.from_numpy(np.array(resized)).float() / 255
+    return torch.nn.functional.pad(area, (margin,) * 4) if margin else area  # H x W
 
 
 def bounding_box(area: Tensor, what: str = "mask") -> Box:
@@ -154,17 +158,19 @@ def _runs(area: Tensor) -> tuple[list[tuple[int, int, int]], Callable[[int], int
             run = parent[run]
         return run
 
-    runs: list[tuple[int, int, int]] = []
-    above = range(0)  # numbers of the runs in the row above
-    for y, row in enumerate(np.asarray((area > 0).cpu(), dtype=np.int8)):
-        edges = np.diff(row, prepend=0, append=0)
-        first = len(runs)
-        for start, end in zip((edges == 1).nonzero()[0].tolist(), (edges == -1).nonzero()[0].tolist(), strict=True):
-            number = len(runs)
-            parent.append(number)
-            runs.append((y, start, end))
-            for other in above:
-                if runs[other][1] < end and start < runs[other][2]:
-                    parent[root(other)] = root(number)
-        above = range(first, len(runs))
+    painted = np.asarray((area > 0).cpu(), dtype=np.int8)
+    edges = np.diff(painted, axis=1, prepend=0, append=0)  # 1 where a run of painted pixels starts, -1 after its end
+    rows, starts = (edges == 1).nonzero()
+    ends = (edges == -1).nonzero()[1]
+    runs = list(zip(rows.tolist(), starts.tolist(), ends.tolist(), strict=True))
+    above = here = range(0)  # numbers of the runs in the row above, and in this one so far
+    current = -1
+    for number, (row, start, end) in enumerate(runs):
+        if row != current:
+            above, here, current = here if row == current + 1 else range(0), range(number, number), row
+        parent.append(number)
+        for other in above:
+            if runs[other][1] < end and start < runs[other][2]:
+                parent[root(other)] = root(number)
+        here = range(here.start, number + 1)
     return runs, root

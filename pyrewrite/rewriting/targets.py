@@ -23,6 +23,7 @@ class Captured:
     """Keys, values and styles of some numbered images at one layer.
 
     key: B x I x h x w. value: B x O x H x W. style: B x I or None. noise: H x W or None. index: image number -> row.
+    margin, key_margin: pixels of the value map and of the key map around the picture, on every side.
     """
 
     key: Tensor
@@ -30,6 +31,8 @@ class Captured:
     style: Tensor | None
     noise: Tensor | None
     index: dict[int, int]
+    margin: int = 0
+    key_margin: int = 0
 
     @property
     def key_size(self) -> tuple[int, int]:
@@ -84,7 +87,8 @@ def captured_from(layer: str, numbers: Sequence[int], parts: Sequence[Activation
         bad = [n for n, good in zip(numbers, finite.tolist(), strict=True) if not good]
         raise NonFiniteError(f"{layer}: the activations of image {', '.join(map(str, bad[:8]))} are not finite")
     style = torch.cat([p.style for p in parts]) if parts[0].style is not None else None  # B x I
-    return Captured(key, value, style, parts[0].noise, {n: i for i, n in enumerate(numbers)})
+    index = {n: i for i, n in enumerate(numbers)}
+    return Captured(key, value, style, parts[0].noise, index, parts[0].margin, parts[0].key_margin)
 
 
 def capture(
@@ -120,18 +124,23 @@ class Placed:
 
 @dataclass(frozen=True)
 class PastedObject:
-    """The object as it is pasted: values O x h x w inside the box of its mask, alpha h x w."""
+    """The object as it is pasted: values O x h x w inside the box of its mask, alpha h x w.
+
+    margin: of the maps it was cut from.
+    """
 
     values: Tensor
     alpha: Tensor
+    margin: int = 0
 
 
 def cut_object(captured: Captured, selection: Selection, image_size: tuple[int, int]) -> PastedObject:
     """The object's values inside the bounding box of its mask, and the mask there as alpha (paper, section 3.2)."""
-    area = mask_on_map(selection.mask, captured.value_size, image_size, "object mask").to(captured.value.device)
+    area = mask_on_map(selection.mask, captured.value_size, image_size, "object mask", captured.margin)
+    area = area.to(captured.value.device)
     rows, columns = bounding_box(area, "object mask").slices()
     values = captured.value[captured.index[selection.image]]
-    return PastedObject(values[:, rows, columns], area[rows, columns])
+    return PastedObject(values[:, rows, columns], area[rows, columns], captured.margin)
 
 
 def paste_values(
@@ -147,7 +156,7 @@ def paste_values(
     shift: moves it from there, by picture pixels rounded to those of the map.
     """
     size = (values.shape[1], values.shape[2])
-    box = landing(thing.alpha.shape, size, selection, image_size, what, shift)
+    box = landing(thing.alpha.shape, size, selection, image_size, what, shift, thing.margin)
     rows, columns = box.slices()
     goal = values.clone()
     goal[:, rows, columns] = (1 - thing.alpha) * values[:, rows, columns] + thing.alpha * thing.values
@@ -161,12 +170,15 @@ def landing(
     image_size: tuple[int, int],
     what: str,
     shift: Place | None = None,
+    margin: int = 0,
 ) -> Box:
-    """Where an object of `thing` = (height, width) pixels lands on a value map of `size`."""
-    y, x = bounding_box(mask_on_map(selection.mask, size, image_size, what), what).center
+    """Where an object of `thing` = (height, width) pixels lands on a value map of `size`, of which `margin` pixels on
+    every side lie around the picture.
+    """
+    y, x = bounding_box(mask_on_map(selection.mask, size, image_size, what, margin), what).center
     if shift is not None:
-        y += round(shift.dy * size[0] / image_size[0])
-        x += round(shift.dx * size[1] / image_size[1])
+        y += round(shift.dy * (size[0] - 2 * margin) / image_size[0])
+        x += round(shift.dx * (size[1] - 2 * margin) / image_size[1])
     return place(thing[0], thing[1], (y, x), size)
 
 
@@ -240,7 +252,8 @@ def context_examples(
     """The context as (key map I x h x w, area h x w) pairs for `keys.context_directions`."""
     examples = []
     for i, selection in enumerate(selections):
-        area = mask_on_map(selection.mask, captured.key_size, image_size, f"{what} {i}").to(captured.key.device)
+        area = mask_on_map(selection.mask, captured.key_size, image_size, f"{what} {i}", captured.key_margin)
+        area = area.to(captured.key.device)
         if not (area > 0).any():
             raise EditError(f"{what} {i} (image {selection.image}) is empty: expected painted pixels")
         examples.append((captured.key[captured.index[selection.image]], area))

@@ -423,6 +423,6 @@ def test_arguments(save, state):
     with pytest.raises(CheckpointMismatchError, match="family='progan'"):
         load_generator(path, family="progan")
     with pytest.raises(ValueError, match="family is one of"):
-        load_generator(path, family="stylegan3")
+        load_generator(path, family="stylegan9")
     with pytest.raises(ValueError, match="truncation"):
         load_generator(path, truncation=float("inf"))

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import pickle
+import re
 
 import numpy as np
 import nvidia_reference as reference
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from pyrewrite.errors import CheckpointError, CheckpointMismatchError, DamagedCheckpointError, NonFiniteWeightsError
-from pyrewrite.generators import load_generator
+from pyrewrite.generators import load_generator, save_generator
 
 
 @pytest.fixture
@@ -159,11 +160,28 @@ def test_missing_noise_and_mean_latent(save, source):
     assert any("no mean latent" in note for note in generator.notes)
 
 
-def test_clamping_is_noted(save, source):
+@pytest.mark.parametrize("batch", [1, 3])
+def test_clamped_layers(save, source, tmp_path, batch):
     state = reference.random_state()
-    settings = {"synthesis.b8.conv0.conv_clamp": 256, "synthesis.b8.use_fp16": True}
-    notes = load_generator(save(snapshot(state, source, settings))).notes
-    assert any("clamps layers at 256" in note for note in notes)
+    parts = {n.rpartition(".")[0] for n in state if re.fullmatch(r"synthesis\.b\d+\.(conv\d|torgb)\.weight", n)}
+    settings = {f"{part}.conv_clamp": 0.5 for part in parts} | {"synthesis.b8.use_fp16": True}
+    settings["synthesis.b8.conv1.conv_clamp"] = 1
+    clamps = {name.removesuffix(".conv_clamp"): value for name, value in settings.items() if "clamp" in name}
+    generator = load_generator(save(snapshot(state, source, settings)))
+    z = torch.randn(batch, 7, generator=torch.Generator().manual_seed(5))
+    assert largest_difference(generator, state, z, clamps=clamps) < 1e-5
+    assert largest_difference(generator, state, z) > 0.1
+    for name in generator.layers:
+        captured = generator.capture(name, z)
+        assert float(captured.value.abs().max()) == (1 if name == "layer4" else 0.5)
+        torch.testing.assert_close(generator.finish(name, captured), generator(z), rtol=0, atol=1e-6)
+    for name in ("x.pt", "x.safetensors"):
+        again = load_generator(save_generator(generator, tmp_path / name))
+        assert again.file_settings() == generator.file_settings()
+        assert torch.equal(again(z), generator(z))
+    for bad in (0, -1, float("nan"), "256"):
+        with pytest.raises(CheckpointMismatchError, match=r"convs\.0\.conv_clamp is .*above 0"):
+            load_generator(save(snapshot(state, source, {"synthesis.b8.conv0.conv_clamp": bad})))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +192,7 @@ def test_clamping_is_noted(save, source):
         ({"synthesis.b8.architecture": "orig"}, {}, "without skip connections"),
         ({"mapping.fc0.activation": "relu"}, {}, r"mapping\.fc0\.activation is 'relu'"),
         ({"mapping.fc0.bias_gain": 0.1}, {}, r"mapping learns at 0\.1"),
-        ({}, {"synthesis.L0_36_16.weight": (2, 2)}, "StyleGAN3"),
+        ({}, {"synthesis.L0_36_16.weight": (2, 2)}, r"extra \(1\): synthesis\.L0_36_16\.weight"),
         ({}, {"synthesis.b8.conv2.weight": (2, 2)}, r"extra \(1\): synthesis\.b8\.conv2\.weight"),
         ({}, {"synthesis.b64.conv1.weight": (2, 2)}, "expected each twice the one before"),
     ],

@@ -17,7 +17,8 @@ from torch import Tensor
 from pyrewrite.errors import CheckpointMismatchError
 from pyrewrite.generators.loading import stylegan2
 from pyrewrite.generators.loading._names import Weights, require_names, require_shape
-from pyrewrite.generators.stylegan2 import MAPPING_RATE, StyleGAN2
+from pyrewrite.generators.stylegan2 import StyleGAN2
+from pyrewrite.generators.styles import MAPPING_RATE
 
 WHAT = "StyleGAN2 generator in NVIDIA's layout"
 _NAMES = re.compile(r"synthesis\.b\d+\.|mapping\.(fc\d+|embed)\.|mapping\.w_avg$")
@@ -46,7 +47,7 @@ def load(weights: Weights, noise_seed: int) -> StyleGAN2:
     _silent_layers(weights)
     optional = [n for n in table if n.endswith("noise_const") or n == "mapping.w_avg"]
     require_names(weights, [n for n in table if n not in optional or n in weights.tensors], WHAT)
-    _note_settings(weights)
+    _take_clamps(weights, table)
     renamed = {table[name]: _converted(weights, name) for name in weights.tensors}
     weights.rename(renamed, {ours: name for name, ours in table.items()})
     return stylegan2.load(weights, noise_seed)
@@ -122,25 +123,30 @@ def _refuse_other_architectures(weights: Weights) -> None:
         raise CheckpointMismatchError(
             f"{weights.origin} is a StyleGAN2 without skip connections (colours in the last layer only): not supported"
         )
-    for name, value in settings.items():
+    require_known_layers(weights, "StyleGAN2")
+
+
+def require_known_layers(weights: Weights, what: str) -> None:
+    """Raise CheckpointMismatchError where the settings beside the weights ask for other layers than those here."""
+    for name, value in weights.beside.items():
         wanted = "linear" if re.search(r"(affine|embed)\.activation$", name) else "lrelu"
         if name.startswith(("synthesis.", "mapping.")) and name.endswith(".activation") and value != wanted:
             raise CheckpointMismatchError(
-                f"{weights.origin} is a StyleGAN2 whose {name} is {value!r}: not supported, only {wanted!r}"
+                f"{weights.origin} is a {what} whose {name} is {value!r}: not supported, only {wanted!r}"
             )
         if re.fullmatch(r"mapping\.fc\d+\.bias_gain", name) and not math.isclose(float(value), MAPPING_RATE):
             raise CheckpointMismatchError(
-                f"{weights.origin} is a StyleGAN2 whose mapping learns at {value}: not supported, only {MAPPING_RATE}"
+                f"{weights.origin} is a {what} whose mapping learns at {value}: not supported, only {MAPPING_RATE}"
             )
 
 
-def _note_settings(weights: Weights) -> None:
-    clamps = sorted({v for n, v in weights.beside.items() if n.endswith(".conv_clamp") and isinstance(v, (int, float))})
-    if clamps:
-        weights.notes.append(
-            f"the file clamps layers at {', '.join(map(str, clamps))}, for 16-bit layers: not done here, "
-            "where all is computed in float32"
-        )
+def _take_clamps(weights: Weights, table: dict[str, str]) -> None:
+    """The bounds of layers, which networks have that were trained with 16-bit layers, under the names here."""
+    ours = {theirs.removesuffix(".bias"): name.removesuffix(".bias") for theirs, name in table.items()}
+    for name in [name for name in weights.beside if name.endswith(".conv_clamp")]:
+        part = ours.get(name.removesuffix(".conv_clamp"))
+        if part is not None:
+            weights.beside[f"{part.removesuffix('.activate')}.conv_clamp"] = weights.beside[name]
 
 
 def _silent_layers(weights: Weights) -> None:

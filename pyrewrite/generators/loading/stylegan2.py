@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pyrewrite.errors import CheckpointMismatchError
-from pyrewrite.generators.loading._names import Weights, fill, require_names, require_shape
-from pyrewrite.generators.stylegan2 import MEAN_SAMPLES, StyleGAN2, StyleGAN2Shape
+from pyrewrite.generators.loading._names import Weights, fill, positive_setting, require_names, require_shape
+from pyrewrite.generators.stylegan2 import StyleGAN2, StyleGAN2Shape
+from pyrewrite.generators.styles import MEAN_SAMPLES
 
 WHAT = "StyleGAN2 generator"
 _NAMES = re.compile(
@@ -78,6 +79,8 @@ def load(weights: Weights, noise_seed: int) -> StyleGAN2:
     generator.notes += weights.notes
     if generator.classes:
         generator.notes.append(f"{generator.classes} class labels: images are of class 0 until `label` is set")
+    for name, part in generator.clamping_parts().items():
+        part.clamp = positive_setting(weights, f"{name}.conv_clamp", None)
     _make_noises(generator, weights, missing_noises, noise_seed)
     weights.tensors["latent_avg"] = torch.zeros(shape.mapping[-1]) if mean is None else mean
     fill(generator, weights, WHAT)

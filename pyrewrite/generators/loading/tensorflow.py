@@ -21,7 +21,8 @@ from pyrewrite.errors import CheckpointMismatchError
 from pyrewrite.generators.loading import progan, stylegan2
 from pyrewrite.generators.loading._names import Weights, require_names, require_shape
 from pyrewrite.generators.progan import ProGAN
-from pyrewrite.generators.stylegan2 import MAPPING_RATE, StyleGAN2
+from pyrewrite.generators.stylegan2 import StyleGAN2
+from pyrewrite.generators.styles import MAPPING_RATE
 
 STYLEGAN2 = "StyleGAN2 generator with TensorFlow's names"
 WHAT = "Progressive GAN generator with TensorFlow's names"
