@@ -86,12 +86,13 @@ def _try(model: Model, document: Document, layer: str, places: list[Region]) -> 
 
 def _pixels(model: Model, layer: str, regions: list[Region]) -> int:
     """Key pixels under the masks: the highest rank there can be."""
-    resolution, size = model.generator.layers[layer].key_resolution, model.generator.image_size
-    areas = [mask_on_map(r.mask.url, (resolution, resolution), (size, size)) for r in regions]
+    info, size = model.generator.layers[layer], model.generator.image_size
+    maps = (info.key_resolution, info.key_resolution)
+    areas = [mask_on_map(r.mask.url, maps, (size, size), margin=info.key_margin) for r in regions]
     count = sum(int((a > 0).sum()) for a in areas)
     if any(not (a > 0).any() for a in areas):
         raise EditError("a mask has no pixel on this layer's map")
-    return max(1, min(count, model.generator.layers[layer].in_channels))
+    return max(1, min(count, info.in_channels))
 
 
 def _judge(model: Model, document: Document, update: LayerUpdate, judged: list[Region]) -> list[tuple[float, float]]:

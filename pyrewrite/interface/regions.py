@@ -17,6 +17,7 @@ def resemblance(model: Model, document: Document, image: int, y: int, x: int) ->
     """
     (activation,) = model.activations(document.layer, [image], document.latents)
     key = activation.key[0].double()  # I x h x w
+    key = key[(slice(None), *activation.shown())]
     whitener = model.rewriter(document.layer).moment.whitener(document.settings.shrinkage).to(key.device)
     white = torch.nn.functional.normalize(torch.einsum("ij,jhw->ihw", whitener, key), dim=0)
     size = model.generator.image_size
