@@ -21,8 +21,8 @@ from .model import Model
 SAMPLES = 16  # images for the statistics of a layer that has none yet: enough to rank layers
 PLACES = 6  # at most so many places are tried
 RANK = 20  # at most
-# How much change outside the box counts. On the bundled edits `taken` alone tells layers that work (above 0.2) from
-# those that do not (below 0.1); this puts the one with the least side effects of the former first.
+# How much change outside the box counts. On the bundled sunglasses and beard, layers whose `taken` is above 0.15 made the
+# edit on 88 to 100 % of unseen pictures, those below 0.05 on at most 42 %; this puts those with fewer side effects first.
 SPILL = 0.1
 
 
