@@ -12,17 +12,19 @@ import torch
 from ..edit import Place, Selection
 from ..errors import EditError, NonFiniteError
 from ..rewriting import LayerUpdate, Rewriter
-from ..rewriting.selection import bounding_box, mask_on_map
+from ..rewriting.selection import bounding_box
 from ..rewriting.targets import landing
 from ..statistics import LayerStatistics, collect
 from .document import Document, Region
 from .model import Model
+from .regions import key_pixels
 
 SAMPLES = 16  # images for the statistics of a layer that has none yet: enough to rank layers
 PLACES = 6  # at most so many places are tried
 RANK = 20  # at most
-# How much change outside the box counts. On the bundled sunglasses and beard, layers whose `taken` is above 0.15 made the
-# edit on 88 to 100 % of unseen pictures, those below 0.05 on at most 42 %; this puts those with fewer side effects first.
+# How much change outside the box counts. On the bundled sunglasses and beard, layers whose `taken` is above 0.15 made
+# the edit on 88 to 100 % of unseen pictures, those below 0.05 on at most 42 %; this puts those with fewer side effects
+# first.
 SPILL = 0.1
 
 
@@ -73,7 +75,7 @@ def _try(model: Model, document: Document, layer: str, places: list[Region]) -> 
     for solved, judged in folds:
         record = document.replace(layer=layer, paste=None, context=tuple(solved)).record()
         settings = record.resolve(
-            rank=min(document.settings.rank, RANK, _pixels(model, layer, solved)), key_method="zca"
+            rank=min(document.settings.rank, RANK, key_pixels(model, layer, solved)), key_method="zca"
         )
         captured = model.captured(layer, rewriter.images_of(record, settings), document.latents)
         (update,) = rewriter.closed_form(record, captured, settings).updates
@@ -82,17 +84,6 @@ def _try(model: Model, document: Document, layer: str, places: list[Region]) -> 
     why = f"{taken:.0%} of the object on {'places it had not seen' if len(places) > 1 else 'the only place'}"
     why += f", spill {spill:.0%}"
     return {"layer": layer, "score": round(taken - SPILL * spill, 4), "taken": taken, "spill": spill, "why": why}
-
-
-def _pixels(model: Model, layer: str, regions: list[Region]) -> int:
-    """Key pixels under the masks: the highest rank there can be."""
-    info, size = model.generator.layers[layer], model.generator.image_size
-    maps = (info.key_resolution, info.key_resolution)
-    areas = [mask_on_map(r.mask.url, maps, (size, size), margin=info.key_margin) for r in regions]
-    count = sum(int((a > 0).sum()) for a in areas)
-    if any(not (a > 0).any() for a in areas):
-        raise EditError("a mask has no pixel on this layer's map")
-    return max(1, min(count, info.in_channels))
 
 
 def _judge(model: Model, document: Document, update: LayerUpdate, judged: list[Region]) -> list[tuple[float, float]]:

@@ -200,11 +200,12 @@ def test_the_preview_comes_paste_first_and_leaves_the_weights(session, client):
     assert not np.array_equal(expected, to_uint8(session.model.generator.images([1])).numpy()[0])
 
 
-def test_no_preview_where_it_cannot_be_and_the_state_says_why(client):
-    compose(client, 0, box(60, 60, 62, 62))  # one pixel of an 8 x 8 map
+def test_a_preview_of_lower_rank_or_none_and_the_state_says_why(client):
+    compose(client, 0, box(60, 60, 66, 66))  # four pixels of an 8 x 8 map
     client.do("set", rank=128)
     state = client.state
-    assert "128" in (state["live"]["error"] or state["live"]["note"])
+    assert state["live"]["error"] is None
+    assert "shown with rank 4: the context's masks cover no more key pixels" in state["live"]["note"]
     client.do("remove", what="object")
     assert client.state["live"]["key"] is None
     assert client.state["live"]["error"] is None
