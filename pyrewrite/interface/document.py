@@ -217,7 +217,10 @@ class Document:
         return tuple(e for e in self.edits if e.active)
 
     def record(
-        self, name: str | None = None, generator: dict[str, str] | None = None, images: dict[str, Any] | None = None
+        self,
+        name: str | None = None,
+        generator: dict[str, str] | None = None,
+        images: dict[str, Any] | None = None,
     ) -> Edit:
         """The edit record of the current selections: what is solved is what is saved. images: see Edit."""
         used = {r.image for r in (self.object, self.paste, self.query, *self.context, *self.protect) if r is not None}

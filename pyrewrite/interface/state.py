@@ -39,7 +39,7 @@ def usual_layer(generator: Generator) -> str:
     """
     wanted = min(32, generator.image_size // 4)
     layers = list(generator.layers.values())
-    fitting = [layer for layer in layers if layer.resolution - 2 * layer.margin == wanted and not layer.upsample]
+    fitting = [g for g in layers if g.resolution - 2 * g.margin == wanted and not g.upsample]
     return (fitting or layers[: len(layers) // 2 + 1])[-1].name
 
 
@@ -142,7 +142,8 @@ def _landing(
         box = landing((cut.height, cut.width), maps, Selection(0, where.url), picture, "mask", place, margin)
     except EditError:  # nothing of a mask is left on a coarse map
         return None
-    return tuple(round((edge - margin) * size / (resolution - 2 * margin)) for edge in box)
+    shown = resolution - 2 * margin  # of the map: what is around it is in no picture
+    return tuple(min(size, max(0, round((edge - margin) * size / shown))) for edge in box)
 
 
 def overlaps(d: Document) -> list[list[float]] | None:

@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+import stylegan3_reference
 import torch
 from interface_session_support import Client, Refused, box, compose
 from PIL import Image
@@ -199,11 +200,12 @@ def test_the_preview_comes_paste_first_and_leaves_the_weights(session, client):
     assert not np.array_equal(expected, to_uint8(session.model.generator.images([1])).numpy()[0])
 
 
-def test_no_preview_where_it_cannot_be_and_the_state_says_why(client):
-    compose(client, 0, box(60, 60, 62, 62))  # one pixel of an 8 x 8 map
+def test_a_preview_of_lower_rank_or_none_and_the_state_says_why(client):
+    compose(client, 0, box(60, 60, 66, 66))  # four pixels of an 8 x 8 map
     client.do("set", rank=128)
     state = client.state
-    assert "128" in (state["live"]["error"] or state["live"]["note"])
+    assert state["live"]["error"] is None
+    assert "shown with rank 4: the context's masks cover no more key pixels" in state["live"]["note"]
     client.do("remove", what="object")
     assert client.state["live"]["key"] is None
     assert client.state["live"]["error"] is None
@@ -450,3 +452,29 @@ def test_statistics_are_collected_with_progress_when_something_is_painted(sessio
     ]
     assert any(s["of"] == 24 for s in told)
     assert torch.isfinite(session.model.rewriter("layer6").moment.matrix).all()
+
+
+def test_maps_wider_than_the_picture(tmp_path):
+    """StyleGAN3: what lies around the picture is in no mask, no box and no outline."""
+    state, settings = stylegan3_reference.random_state(channels=(16, 16, 12, 8, 4))
+    torch.save({"G_ema": state, **settings}, tmp_path / "x.pt")
+    generator = load_generator(tmp_path / "x.pt")
+    size = generator.image_size
+    session = Session(generator, samples=8, cache_dir=False, folder=tmp_path, strip="0-3")
+    client = Client(session)
+    client.do("set", rank=1, steps=5, margin=0)
+    compose(client, 1, box(0, 0, size // 2, size // 2, size))
+    state = client.state
+    layer = generator.layers[state["settings"]["layer"]]
+    assert layer.margin > 0
+    top, left, bottom, right = state["paste"]["box"]
+    assert 0 <= top < bottom <= size
+    assert 0 <= left < right <= size
+    assert abs((top + bottom) / 2 - size / 4) <= 0.2 * size
+    reply = client.do("click", image=1, y=size - 1, x=size - 1, alike=0.5)
+    assert reply["pixels"] > 0
+    client.do("execute")
+    client.do("matches", on=True, quantile=0.9)
+    _, masks = client.get("outline", numbers=[0, 1], quantile=0.9)
+    assert [len(m) for m in masks] == [-(-size * size // 8)] * 2
+    session.close()
