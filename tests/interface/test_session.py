@@ -11,7 +11,7 @@ import stylegan3_reference
 import torch
 from interface_session_support import Client, Refused, box, compose
 from PIL import Image
-from support import bits, same_bits
+from support import bits, same_bits, settled
 
 from pyrewrite import Edit, load_generator
 from pyrewrite.evaluation.sheets import to_uint8
@@ -176,7 +176,7 @@ def test_settings_are_checked_and_a_slider_is_one_step(client):
 
 
 def test_the_preview_comes_paste_first_and_leaves_the_weights(session, client):
-    kept = bits(session.model.generator)
+    kept = bits(settled(session))
     client.do("set", **QUICK)
     compose(client, 2)
     client.settle()
@@ -188,7 +188,7 @@ def test_the_preview_comes_paste_first_and_leaves_the_weights(session, client):
     assert last["numbers"] == state["live"]["row"]
     assert not {0, 1, 2, 3} & set(last["numbers"])
     assert last["weights"] == state["weights"]["edited"]
-    assert same_bits(session.model.generator, kept)
+    assert same_bits(settled(session), kept)
     # the pictures are those of the closed form, applied
     record = session.document.record()
     rewriter = session.model.rewriter("layer4")
@@ -212,7 +212,7 @@ def test_a_preview_of_lower_rank_or_none_and_the_state_says_why(client):
 
 
 def test_execute_changes_the_model_and_revert_restores_its_bits(session, client):
-    kept = bits(session.model.generator)
+    kept = bits(settled(session))
     client.do("set", **QUICK)
     compose(client, 2)
     reply = client.do("execute")
@@ -223,7 +223,7 @@ def test_execute_changes_the_model_and_revert_restores_its_bits(session, client)
     (edit,) = state["edits"]
     assert (edit["id"], edit["layer"], edit["rank"], edit["on"]) == (reply["edit"], "layer4", 3, True)
     assert state["weights"]["edited"] != state["weights"]["original"]
-    assert not same_bits(session.model.generator, kept)
+    assert not same_bits(settled(session), kept)
     assert client.of_type("progress")
     edited, (new,) = client.get("pictures", numbers=[1], size=128, weights="edited")
     _, (old,) = client.get("pictures", numbers=[1], size=128, weights=state["weights"]["original"])
@@ -231,9 +231,9 @@ def test_execute_changes_the_model_and_revert_restores_its_bits(session, client)
     assert not np.array_equal(decoded(new), decoded(old))
     client.do("toggle", shown="original")
     assert client.state["shown"] == "original"
-    assert not same_bits(session.model.generator, kept)  # rendering only
+    assert not same_bits(settled(session), kept)  # rendering only
     client.do("revert")
-    assert same_bits(session.model.generator, kept)
+    assert same_bits(settled(session), kept)
     with pytest.raises(Refused, match="gone"):
         client.get("pictures", numbers=[1], size=128, weights=edited["weights"])
     client.do("undo")
@@ -241,27 +241,26 @@ def test_execute_changes_the_model_and_revert_restores_its_bits(session, client)
 
 
 def test_the_stack_is_a_sum_in_any_order(session, client):
-    generator = session.model.generator
-    kept = bits(generator)
+    kept = bits(settled(session))
     client.do("set", **QUICK)
     compose(client, 1)
     first = client.do("execute")["edit"]
     client.do("set", layer="layer6")
     second = client.do("execute")["edit"]
-    both = bits(generator)
+    both = bits(settled(session))
     state = client.state
     assert np.array(state["overlap"]).shape == (2, 2)
     assert state["overlap"][0][1] == 0  # other layers
     client.do("stack", edit=first, on=False)
-    assert not same_bits(generator, both)
+    assert not same_bits(settled(session), both)
     client.do("stack", edit=first, on=True)
-    assert same_bits(generator, both)
+    assert same_bits(settled(session), both)
     client.do("stack", order=[second, first])
     assert [e["id"] for e in client.state["edits"]] == [second, first]
-    assert same_bits(generator, both)
+    assert same_bits(settled(session), both)
     client.do("stack", edit=second, strength=0)
     client.do("stack", edit=first, strength=0.0)
-    assert same_bits(generator, kept)  # strength 0 gives the original bits
+    assert same_bits(settled(session), kept)  # strength 0 gives the original bits
     client.do("stack", edit=first, strength=1.0)
     client.do("stack", remove=second)
     assert [e["id"] for e in client.state["edits"]] == [first]
@@ -269,7 +268,7 @@ def test_the_stack_is_a_sum_in_any_order(session, client):
     assert client.state["edits"][0]["name"] == "a hat"
     for _ in range(7):
         client.do("undo")
-    assert same_bits(generator, both)
+    assert same_bits(settled(session), both)
     with pytest.raises(Refused, match="each once"):
         client.do("stack", order=[first, first])
     with pytest.raises(Refused, match="expected the id"):
@@ -423,7 +422,7 @@ def test_closing_takes_the_edits_off(tmp_path):
     client.do("set", **QUICK)
     compose(client, 1)
     client.do("execute")
-    assert not same_bits(generator, kept)
+    assert not same_bits(settled(session), kept)
     session.close()
     assert same_bits(generator, kept)
     assert generator.patches is None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from interface_session_support import Client, Refused, box, compose
 from PIL import Image
-from support import bits, same_bits
+from support import bits, same_bits, settled
 
 from pyrewrite import Edit, LowRankPatch, Rewriter, load_generator
 from pyrewrite.demo import demo_edits
@@ -49,7 +49,7 @@ def npy(values) -> bytes:
 def test_a_patch_goes_out_and_comes_in_again(session, client, tmp_path):
     compose(client, 1)
     number = client.do("execute")["edit"]
-    edited = bits(session.model.generator)
+    edited = bits(settled(session))
     name, data = download(client, kind="patch")
     assert name.endswith(".safetensors")
     again = LowRankPatch.from_bytes(download(client, kind="patch", edit=number)[1])
@@ -58,7 +58,7 @@ def test_a_patch_goes_out_and_comes_in_again(session, client, tmp_path):
         client.do("upload", data, kind="patch", name="hat.safetensors")
     client.do("revert")
     client.do("upload", data, kind="patch", name="hat.safetensors")
-    assert same_bits(session.model.generator, edited)
+    assert same_bits(settled(session), edited)
     assert client.state["edits"][0]["report"]["loss_before"] > 0
     (tmp_path / "p.safetensors").write_bytes(data)  # and the library reads it
     patch = LowRankPatch.load(tmp_path / "p.safetensors")
@@ -89,7 +89,7 @@ def test_the_sum_of_several_and_the_merged_checkpoint(session, client, tmp_path)
     client.do("set", layer="layer6")
     client.do("execute")
     client.do("stack", edit=1, strength=0.5)
-    edited = bits(session.model.generator)
+    edited = bits(settled(session))
     fresh = load_generator("peeps")
     (tmp_path / "sum.safetensors").write_bytes(download(client, kind="patch")[1])
     LowRankPatch.load(tmp_path / "sum.safetensors").apply_(fresh)
@@ -222,14 +222,14 @@ def test_help_says_how_to_use_a_picture_of_ones_own(client):
 def test_the_hint_ranks_layers_by_what_they_do_elsewhere(session, client, monkeypatch):
     monkeypatch.setattr("pyrewrite.interface.hints.SAMPLES", 4)
     compose(client, 3)
-    before = bits(session.model.generator)
+    before = bits(settled(session))
     layers = client.do("hint")["layers"]
     assert [h["layer"] for h in layers] != list(session.model.generator.layers)
     assert {h["layer"] for h in layers} == set(session.model.generator.layers)
     scores = [h["score"] for h in layers if h["score"] is not None]
     assert scores == sorted(scores, reverse=True)
     assert all(h["why"] for h in layers)
-    assert same_bits(session.model.generator, before)
+    assert same_bits(settled(session), before)
     number = client.send("do", "hint")
     client.wait(lambda m: m["type"] == "progress" and m["job"] and m["job"]["kind"] == "hint")
     client.do("cancel")
