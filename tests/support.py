@@ -24,6 +24,6 @@ def same_bits(generator, kept: dict) -> bool:
 
 
 def settled(session):
-    """The generator of an interface's session that has nothing left to do: a preview applies a patch while it renders."""
+    """The generator of an interface's session once nothing is left to do: a preview applies a patch to render."""
     assert session.settle()
     return session.model.generator
