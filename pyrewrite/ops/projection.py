@@ -76,9 +76,7 @@ def project_adam_(
                                 ((grad, "grad"), (exp_avg, "exp_avg"), (exp_avg_sq, "exp_avg_sq")))  # fmt: skip
     _refuse_grad("project_adam_", [*weights, *averages, *squares])
     if weights:
-        _project_adam_(
-            weights, bases, directions, grads, averages, squares, step, lr, *betas, eps, project, impl
-        )
+        _project_adam_(weights, bases, directions, grads, averages, squares, step, lr, *betas, eps, project, impl)
     return weight
 
 
