@@ -117,5 +117,5 @@ def test_instructions(source, compiled):
             assert any(re.fullmatch(pattern, one) for one in counts), f"{name} has no {pattern}: {sorted(counts)}"
         assert not [one for one in counts if one.startswith(("LDL", "STL"))], name
         if "sm90_moment" in name:
-            # Fences of the whole GPU: before and after, and where other blocks' memory was written; none before products.
+            # Fences of the whole GPU: at both ends, and where other blocks' memory was written; none before products.
             assert counts["MEMBAR.ALL.GPU"] <= 3
