@@ -224,6 +224,11 @@ class Session:
         return self._revision
 
     @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    @property
     def identity(self) -> dict[str, str]:
         """Which generator an edit record belongs to."""
         return {"family": self.model.generator.family, "hash": self.model.hash}
