@@ -1,5 +1,5 @@
 """The interface: `Session` holds one generator and one document and answers messages; a notebook shows it as the widget
-`RewriteApp`, `serve` as a page. Those two need the packages of `pip install 'pyrewrite[ui]'`, and are imported when used.
+`RewriteApp`, `serve` as a page. Those two need what `pip install 'pyrewrite[ui]'` brings, and are imported when used.
 """
 
 from __future__ import annotations
