@@ -1,18 +1,14 @@
-"""The widget: the session over a notebook's comm, pictures as messages only; and the story in JupyterLab itself."""
+"""The widget without a browser: the session over a notebook's comm, pictures as messages only."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import warnings
 
 import numpy as np
 import pytest
 
-with warnings.catch_warnings():
-    # ipywidgets looks for Jupyter's folders when imported, and Jupyter announces where it will look one day.
-    warnings.filterwarnings("ignore", "Jupyter is migrating its paths", DeprecationWarning)
-    pytest.importorskip("anywidget", reason="the widget needs anywidget: pip install 'pyrewrite[ui]'")
+pytest.importorskip("anywidget", reason="the widget needs anywidget: pip install 'pyrewrite[ui]'")
 
 import anywidget
 import comm
