@@ -233,6 +233,11 @@ class Session:
         """Which generator an edit record belongs to."""
         return {"family": self.model.generator.family, "hash": self.model.hash}
 
+    @property
+    def images(self) -> dict[str, Any]:
+        """What else than seed and truncation decides the numbered pictures; see Edit."""
+        return self.model.generator.settings()
+
     def scan_ready(self) -> bool:
         """Whether the outlines of the present context or query can be had at once."""
         return jobs.scan_key(self) in self.scans
