@@ -26,10 +26,13 @@ class Screen:
         return self
 
     def ready(self) -> None:
+        """Every picture of the strip is drawn, with the weights that the state names."""
         self.page.wait_for_selector(".pyrewrite[data-ready]")
-        self.page.wait_for_function(
-            "() => document.querySelectorAll('.pyrewrite .tile .surface:not([data-drawn])').length === 0"
-        )
+        self.page.wait_for_function("""() => {
+          const weights = document.querySelector(".pyrewrite").dataset.weights;
+          const drawn = [...document.querySelectorAll(".pyrewrite figure .surface")].map((box) => box.dataset.drawn);
+          return drawn.length > 0 && drawn.every((of) => of === weights);
+        }""")
 
     def tile(self, number: int):
         return self.page.locator(f'.pyrewrite .tile[data-number="{number}"] .surface')
@@ -57,7 +60,7 @@ class Screen:
             self.page.keyboard.down(modifier)
         mouse.down()
         for where in at[1:]:
-            mouse.move(*where, steps=4)
+            mouse.move(*where, steps=2)
         if release:
             mouse.up()
         if modifier:

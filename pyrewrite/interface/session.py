@@ -30,6 +30,8 @@ Reply = tuple[dict[str, Any], list[bytes]]
 
 PROGRESS_SECONDS = 0.15  # between two progress messages
 BREATH_SECONDS = 0.3  # a long job is kept waiting so long at most, by one breath
+FIRST_PICTURES = 32  # of the strip, drawn before anybody asks: a browser takes its time to open
+AHEAD = 8  # of them at once: a message waits so long at most
 MERGE_SECONDS = 1.5  # changes of one slider that follow each other as fast are one step of undo
 
 _log = logging.getLogger(__name__)
@@ -116,6 +118,7 @@ class Session:
         self.collecting: Collecting | None = None
         self.scans: dict[Any, Any] = {}  # of `actions.scan`: how one direction fires on every picture
         self.next_edit = 1
+        self._ahead = list(numbers[:FIRST_PICTURES])
         self._failed_statistics: dict[str, str] = {}
         self._last_merge = 0.0
         self._last_progress = 0.0
@@ -130,6 +133,7 @@ class Session:
         self._numbers = 0
         self._sending = threading.RLock()
         self._state: dict[str, Any] = {}
+        self._previews: dict[str, Reply] = {}  # kind -> the newest
         self._push_state()
         atexit.register(_close, weakref.ref(self))
         self._thread = threading.Thread(target=self._work, name="pyrewrite-session", daemon=True)
@@ -204,12 +208,15 @@ class Session:
         self.broadcast({"type": "notice", "level": level, "message": message})
 
     def send_state(self, client: Client) -> None:
-        """The state to one front end that asks for it."""
+        """The state and the present previews to one front end that asks for them."""
         if self._dirty:
             self._push_state()
         with self._sending:
             if client in self._clients:
                 self._send(client, self._state)
+                for message, buffers in self._previews.values():  # those that a page missed while it was loading
+                    if message["key"] == self.live.key:
+                        self._send(client, message, buffers)
 
     def _push_state(self) -> None:
         self._revision += 1
@@ -222,6 +229,11 @@ class Session:
     @property
     def revision(self) -> int:
         return self._revision
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
 
     @property
     def identity(self) -> dict[str, str]:
@@ -280,6 +292,7 @@ class Session:
             or (self.job and not self.job.started)
             or self._dirty
             or self.live.pending
+            or self._ahead
             or self._statistics_wanted() is not None
         )
 
@@ -323,6 +336,9 @@ class Session:
             self._run_job(self.job)
         elif self.live.pending:
             self._preview()
+        elif self._ahead:
+            batch, self._ahead = self._ahead[:AHEAD], self._ahead[AHEAD:]
+            self.model.pictures(batch, {}, original=True)
         elif (layer := self._statistics_wanted()) is not None:
             self._collect_in_background(layer)
 
@@ -465,8 +481,9 @@ class Session:
 
     def _preview(self) -> None:
         for message, buffers in self.live.step():
-            message = {"weights": self.model.weights(), **message}
-            self.broadcast({"type": "preview", "revision": self._revision, **message}, buffers)
+            message = {"type": "preview", "revision": self._revision, "weights": self.model.weights(), **message}
+            self._previews[message["kind"]] = message, buffers
+            self.broadcast(message, buffers)
         if self.live.changed():
             self._dirty = True
 

@@ -33,6 +33,7 @@ function keyed(parent, items, key, make, update) {
   for (const view of have.values()) view.el.remove();
 }
 
+const options = (choices) => h("select", {}, ...Object.entries(choices).map(([value, text]) => h("option", { value }, text)));
 const setText = (el, text) => el.textContent !== text && (el.textContent = text);
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
@@ -185,6 +186,7 @@ export function modelConnection(model) {
 
 const KEPT_PICTURES = 1500;
 const KEPT_MASKS = 200;
+const SHEET = 8; // pictures in one request: the first are seen while the others are being made
 const SILENCE = 5000; // ms without any message while an answer is due, then we say so
 
 /** Requests and their answers, and the two stores that are addressed by content: pictures and masks. */
@@ -301,7 +303,7 @@ class Client {
   fetchPictures() {
     for (const [batch, numbers] of this.wanted) {
       const [weights, size] = batch.split("/");
-      for (let i = 0; i < numbers.length; i += 32) this.fetchSheet(weights, +size, numbers.slice(i, i + 32));
+      for (let i = 0; i < numbers.length; i += SHEET) this.fetchSheet(weights, +size, numbers.slice(i, i + SHEET));
     }
     this.wanted.clear();
   }
@@ -310,7 +312,7 @@ class Client {
     try {
       const answer = await this.request({ type: "get", what: "pictures", numbers, size, weights });
       const tiles = await cutSheet(answer, answer.buffers[0]);
-      for (const [number, tile] of tiles) this.pictures.set(`${answer.weights ?? weights}/${number}/${size}`, tile);
+      for (const [number, tile] of tiles) this.pictures.set(`${answer.weights}/${number}/${size}`, tile);
       for (const key of this.pictures.keys()) {
         if (this.pictures.size <= KEPT_PICTURES) break;
         this.pictures.delete(key);
@@ -351,11 +353,11 @@ class Client {
   }
 }
 
-/** [[number, {bitmap, x, y, size}], ...] of a sprite sheet: tiles row by row, `columns` a row. */
-async function cutSheet({ numbers, size, columns, media }, bytes) {
+/** [[number, {bitmap, x, y, size, weights}], ...] of a sprite sheet: tiles row by row, `columns` a row. */
+async function cutSheet({ numbers, size, columns, media, weights }, bytes) {
   if (!numbers.length) return [];
   const bitmap = await createImageBitmap(new Blob([bytes], { type: media ?? "image/png" }));
-  return numbers.map((number, i) => [number, { bitmap, x: (i % columns) * size, y: Math.floor(i / columns) * size, size }]);
+  return numbers.map((number, i) => [number, { bitmap, x: (i % columns) * size, y: Math.floor(i / columns) * size, size, weights }]);
 }
 
 // ----------------------------------------------------------------------------------------------------- surface
@@ -394,7 +396,7 @@ class Surface {
     this.drawn = tile;
     this.picture.width = this.picture.height = tile.size;
     this.picture.getContext("2d").drawImage(tile.bitmap, tile.x, tile.y, tile.size, tile.size, 0, 0, tile.size, tile.size);
-    this.box.dataset.drawn = this.number ?? "";
+    this.box.dataset.drawn = tile.weights;
   }
 
   clear() {
@@ -482,6 +484,7 @@ function fillMask(image, { mask, color, fill = 0, line = true, outside = 0 }) {
 // --------------------------------------------------------------------------------------------------------- app
 
 const REMEMBERED = { brush: 0.04, opacity: 0.45, tile: 136, alike: 0.6 };
+const ERASING = { units: "silence units (published)", zero: "zero the directions (closed form)" };
 const SLIDERS = [
   ["rank", "Rank", "Number of directions that may change. More hold a rule better; one is what was published."],
   ["preserve", "Preserve", "How much change elsewhere costs. More keeps the rest of the picture as it was."],
@@ -493,6 +496,7 @@ const MORE = [
   ["steps", "Steps", "Steps of the optimisation that Execute runs."],
   ["lr", "Learning rate", "Size of a step."],
   ["project_every", "Project every", "Steps between two projections (method: projected)."],
+  ["protect_rank", "Protect rank", "Number of directions that stand for what is protected."],
   ["units", "Erase units", "How many units Erase silences."],
   ["quantile", "Match quantile", "Context matches: the share of all pixels below the outline."],
 ];
@@ -521,14 +525,15 @@ const KEYS = [
   ["?", "this sheet"],
 ];
 
+const STROKES = ["paint", "select", "clear the mask", "the object's mask"]; // what the session calls them in `undo`
+
 class App {
   constructor(root, connection) {
     this.root = root;
     this.kind = connection.kind;
     this.liked = { ...REMEMBERED, ...read() };
     this.tool = "brush";
-    this.previews = {}; // kind -> {revision, tiles, ms}
-    this.live = { key: null, since: 0 };
+    this.previews = {}; // kind -> {key, tiles, ms}
     this.arrivals = {}; // kind -> count, so that an old picture that decodes late is dropped
     this.outlines = new Map();
     this.stroke = null;
@@ -592,8 +597,8 @@ class App {
       button("protect", "Protect", "What is selected must not change (P)", () => this.act("protect")),
       button("clear", "Clear", "Clear the selection", () => this.clearPainted()),
       h("span", { class: "rule" }),
-      button("match_selection", "Match", "Show the pictures that look most like the selection (Q)", () => this.act("match_selection")),
-      button("search", "Search", "Show the pictures that look most like the context (F)", () => this.act("search", { k: this.state?.strip.numbers.length || 24 }, (done) => done.numbers && this.say(`Found ${plural(done.numbers.length, "picture")}.`))),
+      button("match_selection", "Match", "Show the pictures that look most like the selection (Q)", () => this.act("match_selection", {}, () => this.find())),
+      button("search", "Search", "Show the pictures that look most like the context (F)", () => this.find()),
       button("matches", "Matches", "Outline where the pictures look like the context (M)", () => this.toggleMatches(), { "aria-pressed": "false" }));
 
     this.strip = h("main", { class: "strip", "aria-label": "Pictures" });
@@ -605,7 +610,8 @@ class App {
     this.overlap = h("p", { class: "hint" });
     this.layer = h("select", { "aria-label": "Layer", onchange: () => this.act("set", { layer: this.layer.value }) });
     this.hints = h("div", { class: "hints" });
-    this.more = h("details", { class: "more" }, h("summary", {}, "More settings"), ...Object.keys(CHOICES).map((name) => this.choice(name)), ...MORE.map((s) => this.slider(...s)));
+    this.more = h("details", { class: "more" }, h("summary", {}, "More settings"), ...Object.keys(CHOICES).map((name) => this.choice(name)), ...MORE.map((s) => this.slider(...s)),
+      this.select("Erase by", this.erasing = options(ERASING)));
     this.bar = h("progress", { max: "1", value: "0", "aria-label": "Progress" });
     this.working = h("span", { class: "hint" });
     this.job = h("div", { class: "job", hidden: true }, this.bar, this.working);
@@ -622,7 +628,7 @@ class App {
         this.editsSection),
       h("div", { class: "execute" }, this.job, h("div", { class: "buttons" },
         button("execute", "Execute", "Change the rule (Ctrl + Enter)", () => this.act("execute"), { class: "primary" }),
-        button("erase", "Erase", "Remove what the context shows", () => this.act("erase")), this.cancel)));
+        button("erase", "Erase", "Remove what the context shows", () => this.act("erase", { method: this.erasing.value })), this.cancel)));
     this.row = h("div", { class: "thumbs" });
     this.rowHint = h("p", { class: "hint" });
     this.footer = h("footer", { class: "row", "aria-label": "Pictures outside the context" }, h("div", {}, h("h2", {}, "Elsewhere"), this.rowHint), this.row);
@@ -723,10 +729,15 @@ class App {
   }
 
   choice(name) {
-    const select = h("select", { "aria-label": CHOICE_NAMES[name], onchange: () => this.act("set", { [name]: select.value }) },
-      ...Object.entries(CHOICES[name]).map(([value, text]) => h("option", { value }, text)));
+    const select = options(CHOICES[name]);
+    select.addEventListener("change", () => this.act("set", { [name]: select.value }));
     this.controls.set(`set-${name}`, { select });
-    return h("div", { class: "field" }, h("label", {}, CHOICE_NAMES[name]), select);
+    return this.select(CHOICE_NAMES[name], select);
+  }
+
+  select(text, select) {
+    select.setAttribute("aria-label", text);
+    return h("div", { class: "field" }, h("label", {}, text), select);
   }
 
   fileMenu() {
@@ -736,7 +747,7 @@ class App {
     const menu = h("details", { class: "menu" }, h("summary", { title: "Save, load, download" }, "File"), h("div", { role: "menu" },
       item("new", "New", "Begin again; Undo brings this back", () => this.act("new")), item("save", "Save…", "Save this edit by name (Ctrl + S)", () => this.save()),
       item("load", "Load…", "Load a saved edit", () => this.load()), item("gallery", "Ready edits…", "Edits that come with this generator", () => this.gallery()),
-      item("upload", "Open a file…", "An edit (.json), a patch (.safetensors), or a latent (.pt)", () => this.file.click()), h("hr"),
+      item("upload", "Open a file…", "An edit (.json), a patch (.safetensors), or a latent (.npy)", () => this.file.click()), h("hr"),
       download("patch", "Download patch", "The change of the weights, .safetensors"), download("edit", "Download edit", "The record, .json: the official tool reads it too"),
       download("checkpoint", "Download checkpoint", "The generator with all active edits merged"), download("sheet", "Download before and after", "A sheet of pictures, .png"),
       item("snapshot", "Snapshot", "These pictures, before and after, .png", () => this.download("snapshot", {}))), this.file);
@@ -782,7 +793,7 @@ class App {
     if (document.activeElement !== this.numbers && this.numbers.value !== s.strip.text) this.numbers.value = s.strip.text;
     this.shown.forEach((el, i) => el.setAttribute("aria-pressed", String(s.shown === ["original", "edited"][i])));
     this.settleLocal();
-    this.noteLive();
+    if (s.live.key === null) this.previews = {};
     this.updateButtons();
     this.updateSettings();
     this.updateStrip();
@@ -792,6 +803,7 @@ class App {
     this.updateJob();
     this.root.dataset.ready = "true";
     this.root.dataset.revision = s.revision;
+    this.root.dataset.weights = this.weights();
   }
 
   /** What is painted here counts until a state knows it. */
@@ -866,7 +878,7 @@ class App {
       if (s.protect.some((p) => p.image === n)) roles.push("protect");
       const painted = this.painted?.image === n;
       keyed(view.badges, roles, (role) => role, (role) => ({ el: h("span", { class: `badge ${role}` }, role) }), () => {});
-      view.surface.box.setAttribute("aria-label", [`Picture ${n}`, ...roles, painted ? "selected" : null].filter(Boolean).join(", "));
+      view.surface.box.setAttribute("aria-label", [`Picture ${this.nameOf(n)}`, ...roles, painted ? "selected" : null].filter(Boolean).join(", "));
       view.el.classList.toggle("painted", painted);
     });
     const painted = s.painted;
@@ -880,12 +892,17 @@ class App {
     this.islandNote.title = text;
   }
 
+  /** A picture's number, or the name of one that was brought as a latent. */
+  nameOf(number) {
+    return this.state.brought?.find((b) => b.number === number)?.name ?? String(number);
+  }
+
   makeTile(n) {
     const surface = new Surface(this);
     surface.number = n;
     const badges = h("span", { class: "badges" });
     this.paintable(surface, () => (this.painted?.image === n ? this.painted.mask : null), (mask) => this.commitPainted(n, mask), true);
-    return { el: h("figure", { class: "tile", "data-number": n }, surface.box, badges, h("figcaption", {}, String(n))), surface, badges };
+    return { el: h("figure", { class: "tile", "data-number": n }, surface.box, badges, h("figcaption", {}, this.nameOf(n))), surface, badges };
   }
 
   drawStripOverlay(surface) {
@@ -916,7 +933,7 @@ class App {
       surface.frame.hidden = !entry;
       surface.hint.hidden = !!entry;
       if (!entry) surface.clear();
-      else setText(surface.caption, String(entry.image));
+      else setText(surface.caption, this.nameOf(entry.image));
     };
     place(this.object, s.object);
     place(this.paste, s.paste);
@@ -942,7 +959,7 @@ class App {
       view.surface.number = c.image;
       this.showLive(view.surface, "context", c.image, small);
       this.drawLanding(view.surface, c, ROLES.context, !c.on);
-      setText(view.caption, String(c.image));
+      setText(view.caption, this.nameOf(c.image));
       const warn = c.islands?.length > 1 ? `, ${c.islands.length} separate regions` : "";
       view.surface.box.setAttribute("aria-label", `Context picture ${c.image}${c.on ? "" : ", left out"}${warn}`);
       view.surface.box.title = `Picture ${c.image}${warn}: drag to nudge`;
@@ -956,26 +973,16 @@ class App {
     });
   }
 
-  /** What the live pictures depend on, as text; null while there are none: no object, nowhere to paste it, a job. */
-  liveKey() {
-    const s = this.state;
-    if (!s.object || !(s.paste || s.context.length) || s.job || !s.statistics?.ready || s.live?.error) return null;
-    return JSON.stringify([s.object.hash, s.object.image, s.paste, s.context, s.protect, s.settings, s.live.row, s.weights.edited]);
-  }
-
-  /** Note since which revision the live pictures are what they are: a preview of an older one is an old one. */
-  noteLive() {
-    const key = this.liveKey();
-    if (key === this.live?.key) return;
-    this.live = { key, since: this.state.revision };
-    if (key === null) this.previews = {};
+  /** The newest live pictures of this kind, perhaps of a moment ago; null while nothing is live. */
+  livePreview(kind) {
+    return this.state.live.key !== null && this.state.shown === "edited" ? (this.previews[kind] ?? null) : null;
   }
 
   /** The live picture where there is one, else the picture as the weights have it. */
   showLive(surface, kind, number, shown) {
-    const preview = this.live.key !== null && this.state.shown === "edited" ? this.previews[kind] : null;
+    const preview = this.livePreview(kind);
     const tile = preview?.tiles.get(number);
-    const old = tile && preview.revision < this.live.since;
+    const old = tile && preview.key !== this.state.live.key;
     surface.box.dataset.live = tile ? (old ? "old" : "now") : "none";
     surface.show(tile ?? this.client.picture(this.weights(), number, surface.pixels(shown)), old);
   }
@@ -1030,16 +1037,16 @@ class App {
   }
 
   updateRow() {
-    const numbers = this.state.live?.row ?? [];
+    const numbers = this.state.live.row;
     this.footer.hidden = numbers.length === 0;
     keyed(this.row, numbers, (n) => n, (n) => {
       const surface = new Surface(this, `Picture ${n}, not in the context`);
       surface.number = n;
       return { surface, el: h("div", { class: "thumb", "data-number": n }, surface.box, h("span", { class: "caption" }, String(n))) };
     }, (view, n) => this.showLive(view.surface, "row", n, 92));
-    const live = this.live.key !== null && this.state.shown === "edited" && this.previews.row;
-    const { ms } = live || {};
-    setText(this.rowHint, this.state.live?.error ? `No live pictures: ${this.state.live.error}` : live ? `Live: what the rule does to pictures you did not touch${ms ? ` (${Math.round(ms)} ms)` : ""}` : "Pictures that are not in the context");
+    const { error } = this.state.live;
+    const live = this.livePreview("row");
+    setText(this.rowHint, error ? `No live pictures: ${error}` : live ? `Live: what the rule does to pictures you did not touch (${Math.round(live.ms)} ms)` : "Pictures that are not in the context");
   }
 
   updateEdits() {
@@ -1068,17 +1075,17 @@ class App {
 
   makeEdit(edit) {
     const { id } = edit;
-    const stack = (fields) => this.act("stack", { id, ...fields });
+    const stack = (fields) => this.act("stack", { edit: id, ...fields });
     const view = { busy: false };
     view.on = h("input", { type: "checkbox", "aria-label": "This edit is on", title: "On or off", onchange: () => stack({ on: view.on.checked }) });
     view.name = h("input", { type: "text", class: "name", "aria-label": "Name of the edit", maxlength: "64", spellcheck: "false", onchange: () => stack({ name: view.name.value }) });
     view.strength = h("input", { type: "range", min: "0", max: "2", step: "0.05", "aria-label": "Strength of this edit", oninput: () => {
       view.busy = true;
       setText(view.value, short(+view.strength.value));
-      this.latest(`strength ${id}`, "stack", { id, strength: +view.strength.value });
+      this.latest(`strength ${id}`, "stack", { edit: id, strength: +view.strength.value });
     }, onchange: () => {
       view.busy = false;
-      this.latest(`strength ${id}`, "stack", { id, strength: +view.strength.value });
+      this.latest(`strength ${id}`, "stack", { edit: id, strength: +view.strength.value });
     } });
     view.value = h("output", {});
     view.about = h("span", { class: "hint" });
@@ -1334,9 +1341,19 @@ class App {
     return this.act("strip", { text }, () => this.strip.scrollTo?.(0, 0));
   }
 
+  /** As many pictures as are shown now, those that answer most to the query or the context. */
+  find() {
+    const k = clamp(this.state.strip.numbers.length, 1, 128);
+    return this.act("search", { k }, (done) => {
+      this.strip.scrollTo(0, 0);
+      this.say(`Found ${plural(done.numbers.length, "picture")}.`);
+    });
+  }
+
   page(by) {
-    const numbers = this.state?.strip.numbers ?? [];
-    if (!numbers.length) return;
+    if (!this.state) return;
+    const numbers = this.state.strip.numbers.filter((n) => n < this.state.generator.samples); // without brought ones
+    if (!numbers.length) numbers.push(0);
     const count = numbers.length;
     const least = Math.min(...numbers);
     const start = by > 0 ? Math.max(...numbers) + 1 : Math.max(0, least - count);
@@ -1382,8 +1399,8 @@ class App {
     const arrival = (this.arrivals[kind] = (this.arrivals[kind] ?? 0) + 1);
     const tiles = await cutSheet(message, buffers[0]);
     if (arrival !== this.arrivals[kind]) return;
-    this.previews[kind] = { revision: message.revision, ms: message.ms, tiles: new Map(tiles) };
-    this.root.dataset[`live${kind}`] = message.revision;
+    this.previews[kind] = { key: message.key, ms: message.ms, tiles: new Map(tiles) };
+    this.root.dataset[`live${kind}`] = message.key;
     this.later();
   }
 
@@ -1464,9 +1481,9 @@ class App {
     const [file] = this.file.files;
     this.file.value = "";
     if (!file) return;
-    const kind = { json: "edit", safetensors: "patch", pt: "latent", pth: "latent", npy: "latent", npz: "latent" }[file.name.split(".").pop().toLowerCase()];
+    const kind = { json: "edit", safetensors: "patch", npy: "latent" }[file.name.split(".").pop().toLowerCase()];
     const limit = (kind === "edit" ? 8 : 64) * 2 ** 20;
-    if (!kind) this.notice("error", `${file.name}: expected an edit (.json), a patch (.safetensors), or a latent (.pt, .npy)`);
+    if (!kind) this.notice("error", `${file.name}: expected an edit (.json), a patch (.safetensors), or a latent (.npy)`);
     else if (file.size > limit) this.notice("error", `${file.name} has ${(file.size / 2 ** 20).toFixed(0)} MiB; at most ${limit / 2 ** 20} are taken`);
     else {
       const bytes = new Uint8Array(await file.arrayBuffer());
@@ -1519,7 +1536,7 @@ class App {
   async gallery() {
     const done = await this.client.request({ type: "get", what: "gallery" }).catch((error) => (this.notice("error", error.message), null));
     if (!done) return;
-    const entries = done.gallery ?? [];
+    const entries = done.gallery;
     const dialog = this.dialog("Ready edits", h("p", { class: "hint" }, entries.length ? "Solved and ready: one click changes the rule." : "None come with this generator."),
       h("div", { class: "list" }, ...entries.map((e) => h("button", { type: "submit", value: e.name }, e.title ?? e.name))), h("div", { class: "buttons" }, h("button", { type: "submit", value: "" }, "Cancel")));
     dialog.addEventListener("close", () => dialog.returnValue && this.act("gallery", { apply: dialog.returnValue }));
@@ -1532,7 +1549,7 @@ class App {
       "Paint the places that shall get it on a few more pictures and Add to context.",
       "Watch the row at the bottom: pictures you did not touch, as the rule would draw them. Execute refines and applies it.",
     ].map((text) => h("li", {}, text))),
-    h("p", {}, "Your own picture? Pictures come from the generator, by number; a photograph cannot be edited directly. A latent in W or Z that another tool found for it can be opened: File › Open a file."),
+    h("p", {}, "Your own picture? Pictures come from the generator, by number; a photograph cannot be edited directly. A latent in W or W+ that another tool found for it (.npy) can be opened: File › Open a file."),
     h("table", {}, h("tbody", {}, ...KEYS.map(([key, text]) => h("tr", {}, h("th", { scope: "row" }, h("kbd", {}, key)), h("td", {}, text))))),
     h("div", { class: "buttons" }, h("button", { type: "submit", class: "primary" }, "Close")));
   }
@@ -1581,7 +1598,7 @@ class App {
     } else if (this.drag) {
       this.drag.cancel();
       this.drag = null;
-    } else if (this.state.undo && /paint|stroke|pick|click|select|mask/i.test(this.state.undo)) {
+    } else if (this.state.undo && STROKES.includes(this.state.undo)) {
       this.controls.get("undo").click();
     }
     this.later();
@@ -1628,7 +1645,7 @@ function describe(report) {
   if (Number.isFinite(report.loss_before)) parts.push(`Loss ${report.loss_before.toFixed(3)} → ${report.loss_after.toFixed(3)}`);
   const targets = report.targets?.length;
   if (Number.isFinite(report.context_changed) && targets) parts.push(`changed in ${Math.round(report.context_changed * targets)} of ${targets} context pictures`);
-  if (Number.isFinite(report.change_elsewhere)) parts.push(`elsewhere ${share(report.change_elsewhere)}`);
+  if (Number.isFinite(report.change_elsewhere)) parts.push(`other pictures change by ${share(report.change_elsewhere)}`);
   if (Number.isFinite(report.relative_size)) parts.push(`size ${share(report.relative_size)} of the weights`);
   return parts.join(" · ");
 }
