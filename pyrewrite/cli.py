@@ -456,10 +456,9 @@ def ui(
     `ssh -L 8765:127.0.0.1:8765 HOST` and open the address that is printed.
     """
     try:
-        from .interface.page import serve
-    except ImportError as error:
-        raise click.ClickException(f"the page needs tornado: pip install 'pyrewrite[ui]' ({error})") from error
-    from .interface import Session
+        from .interface import Session, serve
+    except ModuleNotFoundError as error:
+        raise click.ClickException(str(error)) from error
 
     generator = _load(file, device, truncation, label)
     session = Session(

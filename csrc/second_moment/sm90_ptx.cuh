@@ -23,6 +23,14 @@ __device__ __forceinline__ std::uint32_t in_block(std::uint32_t address, int blo
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
   return there;
 }
+// Likewise as a pointer: the stores to other blocks need one, and making it once is cheaper than at every store.
+__device__ __forceinline__ std::uint64_t pointer_in_block(std::uint32_t address, int block) {
+  std::uint64_t there;
+  asm volatile("{\n.reg .b64 own;\ncvt.u64.u32 own, %1;\ncvta.shared.u64 own, own;\nmapa.u64 %0, own, %2;\n}"
+               : "=l"(there)
+               : "r"(address), "r"(block));
+  return there;
+}
 
 __device__ __forceinline__ void barrier_init(std::uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -58,8 +66,22 @@ __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, int phase) {
         : "memory");
 }
 
-// What was written to shared memory before, also of other blocks, is seen by matrix products that come after.
-__device__ __forceinline__ void fence_for_products() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// What was written to this block's shared memory before is seen by matrix products that come after. Who writes and who
+// multiplies both call it; the same for the memory of the whole cluster would be a fence of the GPU.
+__device__ __forceinline__ void fence_for_products() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Eight bytes to `to` + kOffset, here or in another block.
+template <int kOffset>
+__device__ __forceinline__ void store_pair(std::uint32_t to, const std::uint32_t (&words)[2]) {
+  asm volatile("st.shared.v2.b32 [%0 + %3], {%1, %2};" ::"r"(to), "r"(words[0]), "r"(words[1]), "n"(kOffset)
+               : "memory");
+}
+template <int kOffset>
+__device__ __forceinline__ void store_pair_there(std::uint64_t to, const std::uint32_t (&words)[2]) {
+  asm volatile("st.v2.b32 [%0 + %3], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1]), "n"(kOffset) : "memory");
+}
 
 // A box of the map, from its coordinates on, to the same place of all `blocks`; each one's barrier counts its bytes.
 __device__ __forceinline__ void copy_box(std::uint32_t to, const CUtensorMap* map, int inner, int middle, int image,

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,12 +323,12 @@ class Generator(EditableNetwork):
     def rows_of(self, activation: Activation) -> list[Activation]:
         """The images of an activation, each as a batch of one that shares no memory with the others."""
         return [
-            Activation(
-                activation.key[b : b + 1].clone(),
-                activation.value[b : b + 1].clone(),
-                None if activation.style is None else activation.style[b : b + 1].clone(),
-                activation.noise,
-                self._one_of(activation.carry, b),
+            replace(
+                activation,
+                key=activation.key[b : b + 1].clone(),
+                value=activation.value[b : b + 1].clone(),
+                style=None if activation.style is None else activation.style[b : b + 1].clone(),
+                carry=self._one_of(activation.carry, b),
             )
             for b in range(len(activation.key))
         ]
@@ -335,12 +336,12 @@ class Generator(EditableNetwork):
     def joined(self, activations: Sequence[Activation]) -> Activation:
         """One batch of several activations of the same layer."""
         first = activations[0]
-        return Activation(
-            torch.cat([a.key for a in activations]),
-            torch.cat([a.value for a in activations]),
-            None if first.style is None else torch.cat([a.style for a in activations]),
-            first.noise,
-            self._joined([a.carry for a in activations]),
+        return replace(
+            first,
+            key=torch.cat([a.key for a in activations]),
+            value=torch.cat([a.value for a in activations]),
+            style=None if first.style is None else torch.cat([a.style for a in activations]),
+            carry=self._joined([a.carry for a in activations]),
         )
 
     def _captured_value(self, index: int, x: Tensor, key: Tensor, style: Tensor | None) -> Tensor:

@@ -41,6 +41,10 @@ class Activation:
     margin: int = 0
     key_margin: int = 0
 
+    def shown(self) -> tuple[slice, slice]:
+        """Rows and columns of the key map that the picture shows: without the margin."""
+        return tuple(slice(self.key_margin, n - self.key_margin) for n in self.key.shape[2:])
+
 
 @dataclass(frozen=True, eq=False)
 class EditableLayer:

@@ -24,8 +24,9 @@ def save_generator(generator: Generator, path: str | os.PathLike) -> Path:
     dict with NVIDIA's names, and the settings of its layers beside it.
     All load again with `load_generator`, and the torch checkpoints in the tools the formats come from.
 
-    NonFiniteError when a weight is NaN or infinite; ValueError for class labels in a torch checkpoint, which the
-    rosinality format has no place for; FileNotFoundError when the folder is not there.
+    NonFiniteError when a weight is NaN or infinite; ValueError for a StyleGAN2 with class labels or of another
+    architecture than "skip" in a torch checkpoint, for which the rosinality format has no place; FileNotFoundError when
+    the folder is not there.
     """
     state: dict[str, Tensor] = {}
     for name, tensor in generator.file_state().items():
@@ -38,6 +39,11 @@ def save_generator(generator: Generator, path: str | os.PathLike) -> Path:
         raise ValueError(
             f"{path}: a generator with {generator.classes} class labels has no place in a rosinality checkpoint; "
             "write it to a .safetensors file"
+        )
+    if generator.family == "stylegan2" and generator.architecture != "skip":
+        raise ValueError(
+            f"{path}: a StyleGAN2 of the architecture {generator.architecture!r} has no place in a rosinality "
+            "checkpoint; write it to a .safetensors file"
         )
     if generator.family == "stylegan2":
         mean = state.pop("latent_avg")

@@ -1,4 +1,4 @@
-"""StyleGAN2 with skip connections (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020).
+"""StyleGAN2 (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020).
 
 Parameters carry the names of the rosinality checkpoints. Modulation is applied to the input of a convolution and
 demodulation to its output (section 2.2 there): the convolution itself is shared by the batch, which makes it the linear
@@ -104,6 +104,19 @@ class ToRGB(nn.Module):
         return rgb if skip is None else rgb + upsampled_by_two(skip, self.upsample.kernel)
 
 
+class SkipConv(nn.Module):
+    """The residual connection of a block: half of the energy of its input, on twice as many pixels."""
+
+    def __init__(self, o: int, i: int, upsample: tuple[int, int]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(o, i, 1, 1))
+        self.upsample = FilterKernel(*upsample)
+        self.scale = math.sqrt(0.5 / i)
+
+    def forward(self, x: Tensor) -> Tensor:  # B x I x H x W -> B x O x 2H x 2W
+        return upsampled_by_two(F.conv2d(x, (self.weight * self.scale).to(x.dtype)), self.upsample.kernel)
+
+
 @dataclass(frozen=True)
 class StyleGAN2Shape:
     """Every size of a network, as read from its weights.
@@ -113,8 +126,10 @@ class StyleGAN2Shape:
     input      channels of the constant
     convs      (out, in, kernel size) of conv1, convs.0, convs.1, ...
     blurs      (height, width) of the filter of each up-sampling convolution
-    upsamples  (height, width) of the filter of each skip connection
+    upsamples  (height, width) of the filter of each skip connection, of colours or residual; none in "orig"
     labels     number of classes and width of their embedding; None for a generator without
+    architecture  "skip": every block adds to the colours; "orig": only the last one makes them; "resnet": that too, and
+               each block's input is added to what it puts out
     """
 
     mapping: tuple[int, ...]
@@ -125,6 +140,7 @@ class StyleGAN2Shape:
     upsamples: tuple[tuple[int, int], ...]
     image_channels: int = 3
     labels: tuple[int, int] | None = None
+    architecture: str = "skip"
 
 
 class _Constants(NamedTuple):
@@ -152,12 +168,14 @@ class _Carry(NamedTuple):
     rgb       B x C x H x W, the colours so far; None before the first
     render    whether colours are made
     prepared  layer number -> its constants, where the images of a batch run one by one
+    block     B x I x h x w, the input of the block; None where blocks have no residual connection
     """
 
     w: Tensor
     rgb: Tensor | None
     render: bool
     prepared: Mapping[int, _Constants] = MappingProxyType({})
+    block: Tensor | None = None
 
 
 class StyleGAN2(StyleBased):
@@ -174,17 +192,27 @@ class StyleGAN2(StyleBased):
         self.input.input = nn.Parameter(torch.empty(1, shape.input, shape.base, shape.base))
         self.noises = nn.Module()
         self.convs, self.to_rgbs = nn.ModuleList(), nn.ModuleList()
+        self.architecture = shape.architecture
+        self.skips = nn.ModuleList() if shape.architecture == "resnet" else None
         resolution = shape.base
         for n, (o, i, k) in enumerate(shape.convs):
             up = n % 2 == 1
             conv = StyledConv(ModulatedConv(o, i, k, style_dim, shape.blurs[n // 2] if up else None))
             if n == 0:
                 self.conv1 = conv
-                self.to_rgb1 = ToRGB(shape.image_channels, o, style_dim, None)
             else:
                 self.convs.append(conv)
-                if not up:
-                    self.to_rgbs.append(ToRGB(shape.image_channels, o, style_dim, shape.upsamples[n // 2 - 1]))
+            if not up:
+                rgb: nn.Module = nn.Identity()  # in the place of one that the architecture lacks
+                if shape.architecture == "skip" or n == len(shape.convs) - 1:
+                    upsample = shape.upsamples[n // 2 - 1] if n and shape.architecture == "skip" else None
+                    rgb = ToRGB(shape.image_channels, o, style_dim, upsample)
+                if n == 0:
+                    self.to_rgb1 = rgb
+                else:
+                    self.to_rgbs.append(rgb)
+            elif self.skips is not None:
+                self.skips.append(SkipConv(shape.convs[n + 1][0], i, shape.upsamples[n // 2]))
             key_resolution, resolution = resolution, resolution * (2 if up else 1)
             self.noises.register_buffer(f"noise_{n}", torch.empty(1, 1, resolution, resolution))
             name = f"layer{n + 2}"
@@ -197,7 +225,8 @@ class StyleGAN2(StyleBased):
         """The parts that may clamp what they put out, under the names of their weights."""
         parts = {"conv1": self.conv1, "to_rgb1": self.to_rgb1}
         parts |= {f"convs.{n}": part for n, part in enumerate(self.convs)}
-        return parts | {f"to_rgbs.{n}": part for n, part in enumerate(self.to_rgbs)}
+        parts |= {f"to_rgbs.{n}": part for n, part in enumerate(self.to_rgbs)}
+        return {name: part for name, part in parts.items() if not isinstance(part, nn.Identity)}
 
     def file_settings(self) -> dict[str, float]:
         return {f"{n}.conv_clamp": p.clamp for n, p in self.clamping_parts().items() if p.clamp is not None}
@@ -247,16 +276,24 @@ class StyleGAN2(StyleBased):
         conv, weight = styled.conv, styled.conv.weight[0]
         scale, noise, bias = self._demodulation(conv, style), self._noise_of(index, len(key)), styled.activate.bias
         if self._fuses(index) and noise.ndim == 2:
-            return self._fused(index, key, _Constants(None, scale * GAIN, noise * GAIN, bias * GAIN, None))
+            gain = self._gain(index)
+            return self._fused(index, key, _Constants(None, scale * gain, noise * gain, bias * gain, None))
         x = batch_independent(lambda x: self._convolved(conv, x, weight), key)
         x = x * scale[:, :, None, None]
         x = x + noise + bias[:, None, None]
-        return self._clamped(index, F.leaky_relu(x, SLOPE) * GAIN)
+        return self._clamped(index, F.leaky_relu(x, SLOPE) * self._gain(index))
+
+    def _gain(self, index: int) -> float:
+        """Of the activation; a block's last layer has half the energy where its input is added to it."""
+        return 1.0 if self.skips is not None and index and index % 2 == 0 else GAIN
 
     def _clamped(self, index: int, x: Tensor) -> Tensor:
         """x: B x O x H x W, which may change."""
         clamp = self._styled(index).clamp
-        return x if clamp is None else x.clamp_(-clamp, clamp)
+        if clamp is None:
+            return x
+        clamp *= self._gain(index) / GAIN
+        return x.clamp_(-clamp, clamp)
 
     def _fuses(self, index: int) -> bool:
         """Whether this package's convolutions are for the layer."""
@@ -306,13 +343,13 @@ class StyleGAN2(StyleBased):
 
     def _constants_of(self, index: int, style: Tensor) -> _Constants:
         """style: B x I"""
-        styled = self._styled(index)
-        scale = self._demodulation(styled.conv, style) * GAIN
+        styled, gain = self._styled(index), self._gain(index)
+        scale = self._demodulation(styled.conv, style) * gain
         prepared = None
         if self._fuses(index):
             prepare = prepare_conv3x3 if styled.conv.kernel is None else prepare_upconv3x3
             prepared = prepare(styled.conv.weight[0])
-        return _Constants(style, scale, self._noise(index) * GAIN, styled.activate.bias * GAIN, prepared)
+        return _Constants(style, scale, self._noise(index) * gain, styled.activate.bias * gain, prepared)
 
     def _fused(self, index: int, x: Tensor, c: _Constants) -> Tensor:
         """x: B x I x h x w, the input of the layer or its key -> the value, B x O x H x W."""
@@ -347,11 +384,12 @@ class StyleGAN2(StyleBased):
         conv = styled.conv
         style = self._style(conv, style_number(w, index))  # B x I
         largest = style.abs().amax(1, keepdim=True).clamp_min(EPSILON)
-        scale = self._demodulation(conv, style) * (largest * GAIN / conv.scale)  # B x O
+        gain = self._gain(index)
+        scale = self._demodulation(conv, style) * (largest * gain / conv.scale)  # B x O
         x = x * (style / largest).to(x.dtype)[:, :, None, None]
         x = self._convolved(conv, x, (conv.weight[0] * conv.scale).to(x.dtype))
-        x = x * scale.to(x.dtype)[:, :, None, None] + (styled.activate.bias * GAIN).to(x.dtype)[:, None, None]
-        x = x + (self._noise_of(index, len(x)) * GAIN).to(x.dtype)
+        x = x * scale.to(x.dtype)[:, :, None, None] + (styled.activate.bias * gain).to(x.dtype)[:, None, None]
+        x = x + (self._noise_of(index, len(x)) * gain).to(x.dtype)
         return self._clamped(index, F.leaky_relu_(x, SLOPE))
 
     def _prepared(self, index: int, carry: _Carry) -> _Carry:
@@ -363,12 +401,14 @@ class StyleGAN2(StyleBased):
         return carry._replace(
             w=carry.w[rows],
             rgb=None if carry.rgb is None else carry.rgb[rows],
+            block=None if carry.block is None else carry.block[rows],
             prepared={i: c._replace(style=c.style[rows], scale=c.scale[rows]) for i, c in carry.prepared.items()},
         )
 
     def _joined(self, carries: list[_Carry]) -> _Carry:
-        ws, rgbs = [carry.w for carry in carries], [carry.rgb for carry in carries]
-        return _Carry(torch.cat(ws), None if rgbs[0] is None else torch.cat(rgbs), carries[0].render)
+        ws, rgbs, blocks = ([getattr(carry, name) for carry in carries] for name in ("w", "rgb", "block"))
+        rgb, block = (None if parts[0] is None else torch.cat(parts) for parts in (rgbs, blocks))
+        return _Carry(torch.cat(ws), rgb, carries[0].render, block=block)
 
     def _noise(self, index: int) -> Tensor:
         noise = getattr(self.noises, f"noise_{index}")[0, 0]
@@ -399,8 +439,14 @@ class StyleGAN2(StyleBased):
         return super()._captured(layer, x, carry)
 
     def _advance(self, index: int, value: Tensor, carry: _Carry) -> tuple[Tensor, _Carry]:
-        if carry.render and index % 2 == 0:
-            to_rgb = self.to_rgb1 if index == 0 else self.to_rgbs[index // 2 - 1]
+        if index % 2:
+            return value, carry
+        if self.skips is not None:
+            if index:
+                value = value + self.skips[index // 2 - 1](carry.block)
+            carry = carry._replace(block=value)
+        to_rgb = self.to_rgb1 if index == 0 else self.to_rgbs[index // 2 - 1]
+        if carry.render and isinstance(to_rgb, ToRGB):
             carry = carry._replace(rgb=to_rgb(value, style_number(carry.w, index + 1), carry.rgb))
         return value, carry
 
@@ -419,6 +465,6 @@ class StyleGAN2(StyleBased):
             blur=conv.kernel,
             bias=self._styled(self._index(layer)).activate.bias.detach(),
             negative_slope=SLOPE,
-            gain=GAIN,
+            gain=self._gain(self._index(layer)),
             padding=layer.kernel_size // 2,
         )

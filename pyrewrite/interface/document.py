@@ -216,8 +216,13 @@ class Document:
     def active(self) -> tuple[StackedEdit, ...]:
         return tuple(e for e in self.edits if e.active)
 
-    def record(self, name: str | None = None, generator: dict[str, str] | None = None) -> Edit:
-        """The edit record of the current selections: what is solved is what is saved."""
+    def record(
+        self,
+        name: str | None = None,
+        generator: dict[str, str] | None = None,
+        images: dict[str, Any] | None = None,
+    ) -> Edit:
+        """The edit record of the current selections: what is solved is what is saved. images: see Edit."""
         used = {r.image for r in (self.object, self.paste, self.query, *self.context, *self.protect) if r is not None}
         return Edit(
             object=self.object.selection() if self.object else None,
@@ -231,6 +236,7 @@ class Document:
             protect=[r.selection() for r in self.protect],
             places=dict(self.places),
             latents={n: w for n, w in self.latents.items() if n in used},
+            images=images,
         )
 
     def from_record(self, edit: Edit, size: int) -> Document:

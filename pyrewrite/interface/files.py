@@ -72,7 +72,7 @@ def save(r: Request) -> dict[str, Any]:
         raise ValueError("there is nothing to save yet: copy, paste or add a context first")
     folder = r.session.folder
     folder.mkdir(parents=True, exist_ok=True)
-    d.record(name, r.session.identity).save(folder / f"{name}.json")
+    d.record(name, r.session.identity, r.session.images).save(folder / f"{name}.json")
     return {"names": saved_names(folder)}
 
 
@@ -109,6 +109,11 @@ def _take(r: Request, record: Edit, label: str) -> None:
         wanted, here = record.settings.get(name), getattr(r.document.settings, name)
         if wanted is not None and wanted != here:
             raise EditError(f"the record's {name} is {wanted}, the session's is {here}: its numbers are other pictures")
+    if record.images is not None and {"label": 0, **record.images} != {"label": 0, **session.images}:
+        raise EditError(
+            f"the record's pictures were made with {record.images or 'defaults'}, the session's with "
+            f"{session.images or 'defaults'}: its numbers are other pictures"
+        )
     document = r.document.from_record(record, generator.image_size)
     r.change(label, document)
     made_for = (record.generator or {}).get("hash")
@@ -234,7 +239,7 @@ def download(r: Request) -> tuple[dict[str, Any], list[bytes]]:
     if kind == "sheet":
         return _file("before-after.png", "image/png", before_after(session))
     if kind == "edit":
-        record = d.record("edit", session.identity).to_dict()
+        record = d.record("edit", session.identity, session.images).to_dict()
         if chosen is not None:
             record = _edit(d, chosen).record
             if record is None:
@@ -298,7 +303,9 @@ def read_gallery(r: Request) -> dict[str, Any]:
 
 
 def gallery(r: Request) -> dict[str, Any] | None:
-    """apply: solve a bundled edit and put it on the stack. load: make it the document's selections. Neither: list."""
+    """apply: solve a bundled edit, on the weights as they are, and put it on the stack. load: make it the document's
+    selections. Neither: the list.
+    """
     if "apply" not in r.fields and "load" not in r.fields:
         return read_gallery(r)
     field = "apply" if "apply" in r.fields else "load"
@@ -311,6 +318,8 @@ def gallery(r: Request) -> dict[str, Any] | None:
         _take(r, record, f"load {demo.title}")
         return {"name": demo.name}
     session = r.session
+    if any(e.name == demo.title for e in r.document.edits):
+        raise ValueError(f"{demo.title} is on the stack already")
 
     def run(job: Job) -> dict[str, Any]:
         session.ensure_statistics(record.layer, job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +12,20 @@ import torch
 from ..edit import Place, Selection
 from ..errors import EditError, NonFiniteError
 from ..rewriting import LayerUpdate, Rewriter
-from ..rewriting.selection import bounding_box, mask_on_map
+from ..rewriting.selection import bounding_box
 from ..rewriting.targets import landing
 from ..statistics import LayerStatistics, collect
 from .document import Document, Region
 from .model import Model
+from .regions import key_pixels
 
-SAMPLES = 32  # images for the statistics of a layer that has none yet: enough to rank layers
-PLACES = 8  # at most so many places are tried
+SAMPLES = 16  # images for the statistics of a layer that has none yet: enough to rank layers
+PLACES = 6  # at most so many places are tried
+RANK = 20  # at most
+# How much change outside the box counts. On the bundled sunglasses and beard, layers whose `taken` is above 0.15 made
+# the edit on 88 to 100 % of unseen pictures, those below 0.05 on at most 42 %; this puts those with fewer side effects
+# first.
+SPILL = 0.1
 
 
 def layer_hints(model: Model, document: Document, progress: Callable[[int, int], None]) -> list[dict[str, Any]]:
@@ -26,7 +33,7 @@ def layer_hints(model: Model, document: Document, progress: Callable[[int, int],
 
     taken: how much of the way from the picture to the object pasted into its pixels the edit goes, on places that it
     was not solved for (1 is all of it). spill: change outside the object's box as a part of the change wanted inside.
-    score: taken - spill.
+    score: taken - SPILL * spill.
     """
     places = _places(document)
     layers = list(model.generator.layers)
@@ -38,7 +45,7 @@ def layer_hints(model: Model, document: Document, progress: Callable[[int, int],
         except (EditError, NonFiniteError) as error:
             found.append({"layer": layer, "score": None, "taken": None, "spill": None, "why": str(error)})
     progress(len(layers), len(layers))
-    return sorted(found, key=lambda h: -(h["score"] if h["score"] is not None else float("inf") * -1))
+    return sorted(found, key=lambda h: -math.inf if h["score"] is None else h["score"], reverse=True)
 
 
 def _places(document: Document) -> list[Region]:
@@ -67,24 +74,16 @@ def _try(model: Model, document: Document, layer: str, places: list[Region]) -> 
     scores = []
     for solved, judged in folds:
         record = document.replace(layer=layer, paste=None, context=tuple(solved)).record()
-        settings = record.resolve(rank=min(document.settings.rank, _pixels(model, layer, solved)), key_method="zca")
+        settings = record.resolve(
+            rank=min(document.settings.rank, RANK, key_pixels(model, layer, solved)), key_method="zca"
+        )
         captured = model.captured(layer, rewriter.images_of(record, settings), document.latents)
         (update,) = rewriter.closed_form(record, captured, settings).updates
         scores += _judge(model, document, update, judged)
     taken, spill = (float(np.mean(values)) for values in zip(*scores, strict=True))
     why = f"{taken:.0%} of the object on {'places it had not seen' if len(places) > 1 else 'the only place'}"
     why += f", spill {spill:.0%}"
-    return {"layer": layer, "score": round(taken - spill, 4), "taken": taken, "spill": spill, "why": why}
-
-
-def _pixels(model: Model, layer: str, regions: list[Region]) -> int:
-    """Key pixels under the masks: the highest rank there can be."""
-    resolution, size = model.generator.layers[layer].key_resolution, model.generator.image_size
-    areas = [mask_on_map(r.mask.url, (resolution, resolution), (size, size)) for r in regions]
-    count = sum(int((a > 0).sum()) for a in areas)
-    if any(not (a > 0).any() for a in areas):
-        raise EditError("a mask has no pixel on this layer's map")
-    return max(1, min(count, model.generator.layers[layer].in_channels))
+    return {"layer": layer, "score": round(taken - SPILL * spill, 4), "taken": taken, "spill": spill, "why": why}
 
 
 def _judge(model: Model, document: Document, update: LayerUpdate, judged: list[Region]) -> list[tuple[float, float]]:

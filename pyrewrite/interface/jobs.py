@@ -40,13 +40,14 @@ def execute(r: Request) -> None:
     session, document = r.session, r.document
     if document.object is None:
         raise ValueError("there is no object: copy one first")
-    record = document.record(generator=session.identity)
+    record = document.record(None, session.identity, session.images)
 
     def run(job: Job) -> dict[str, Any]:
         session.ensure_statistics(document.layer, job, quantiles=document.settings.key_method == "gandissect")
         rewriter = session.model.rewriter(document.layer)
         job.step, job.steps = 0, document.settings.steps
-        patch = rewriter.solve(record, progress=progress_of(session, job))
+        captured = session.model.captured(document.layer, rewriter.images_of(record), document.latents)
+        patch = rewriter.solve(record, progress=progress_of(session, job), captured=captured)
         return _finish(session, document, record, patch, "execute")
 
     start(r, "execute", "Execute", run)
@@ -59,7 +60,7 @@ def erase(r: Request) -> None:
     session, document = r.session, r.document
     if not document.context and document.paste is None:
         raise ValueError("there is no context: add one first")
-    record = document.record(generator=session.identity)
+    record = document.record(None, session.identity, session.images)
 
     def run(job: Job) -> dict[str, Any]:
         session.ensure_statistics(document.layer, job)
@@ -208,7 +209,8 @@ def outlines(session: Session, numbers: list[int], quantile: float) -> list[Mask
     size = session.model.generator.image_size
     rows = session.model.activations(document.layer, numbers, document.latents)
     with torch.no_grad():
-        return [Mask.of(above(match(row.key[0], direction), threshold, size)) for row in rows]
+        maps = [match(row.key[0], direction)[row.shown()] for row in rows]
+        return [Mask.of(above(m, threshold, size)) for m in maps]
 
 
 # -- small things that need statistics --------------------------------------------------------------------------------

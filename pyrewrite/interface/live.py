@@ -16,6 +16,7 @@ from ..rewriting import LayerUpdate
 from .document import Document
 from .model import Model
 from .pictures import sheet
+from .regions import key_pixels
 
 ROW = 8  # pictures outside the context
 THUMBNAIL = 192  # pixels of a previewed picture, at most
@@ -128,5 +129,14 @@ class Live:
         return LayerUpdate(update.layer, update.direction, update.lambda_ * d.strength)
 
     def _settings(self, record: Edit) -> Settings:
+        """The record's; with a lower rank, and a note that says so, where fewer key pixels are painted."""
+        d, settings = self._document, record.resolve()
+        most = key_pixels(self.model, d.layer, d.context or (d.paste,))
         self.note = None
-        return record.resolve()
+        if settings.rank <= most:
+            return settings
+        self.note = (
+            f"shown with rank {most}: the context's masks cover no more key pixels of {d.layer}; "
+            f"for rank {settings.rank} paint larger ones, or add context"
+        )
+        return settings.replace(rank=most)

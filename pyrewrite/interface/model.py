@@ -49,6 +49,7 @@ class Model:
         self._statistics: dict[tuple[str, str], LayerStatistics] = {}
         self._rewriters: dict[tuple[str, str], Rewriter] = {}
         self._activations: BoundedCache[Activation] = BoundedCache(activation_bytes)
+        self._captured: tuple[object, Captured] | None = None
         self._pictures: BoundedCache[np.ndarray] = BoundedCache(picture_bytes)
         self._order = {name: i for i, name in enumerate(generator.layers)}
 
@@ -146,8 +147,13 @@ class Model:
         return [found[n] for n in numbers]
 
     def captured(self, layer: str, numbers: Sequence[int], latents: Mapping[int, Tensor]) -> Captured:
+        """The pictures' activations joined, as a solve takes them; the last ones are kept for the next stroke."""
         distinct = list(dict.fromkeys(numbers))
-        return captured_from(layer, distinct, self.activations(layer, distinct, latents))
+        key = (layer, tuple(distinct), self.weights(below=layer, reach=1))
+        if self._captured is None or self._captured[0] != key:
+            self._captured = None  # before the next ones are made: they may be large
+            self._captured = key, captured_from(layer, distinct, self.activations(layer, distinct, latents))
+        return self._captured[1]
 
     # -- pictures ----------------------------------------------------------------------------------------------------
 

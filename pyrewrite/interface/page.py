@@ -131,6 +131,11 @@ class Page:
             self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
+    @property
+    def open(self) -> bool:
+        """Whether it is being served."""
+        return self._thread.is_alive()
+
     def wait(self) -> None:
         """Until `close` is called or Ctrl-C is pressed."""
         while self._thread.is_alive():

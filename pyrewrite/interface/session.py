@@ -231,9 +231,19 @@ class Session:
         return self._revision
 
     @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    @property
     def identity(self) -> dict[str, str]:
         """Which generator an edit record belongs to."""
         return {"family": self.model.generator.family, "hash": self.model.hash}
+
+    @property
+    def images(self) -> dict[str, Any]:
+        """What else than seed and truncation decides the numbered pictures; see Edit."""
+        return self.model.generator.settings()
 
     def scan_ready(self) -> bool:
         """Whether the outlines of the present context or query can be had at once."""

@@ -39,7 +39,7 @@ def usual_layer(generator: Generator) -> str:
     """
     wanted = min(32, generator.image_size // 4)
     layers = list(generator.layers.values())
-    fitting = [layer for layer in layers if layer.resolution == wanted and not layer.upsample]
+    fitting = [g for g in layers if g.resolution - 2 * g.margin == wanted and not g.upsample]
     return (fitting or layers[: len(layers) // 2 + 1])[-1].name
 
 
@@ -127,19 +127,23 @@ def placed(g: Generator, d: Document, r: Region) -> dict[str, Any]:
     place = d.places.get(r.image, Place())
     box = None
     if d.object is not None:
-        box = _landing(d.object.mask, r.mask, place, g.layers[d.layer].resolution, g.image_size)
+        layer = g.layers[d.layer]
+        box = _landing(d.object.mask, r.mask, place, layer.resolution, layer.margin, g.image_size)
     return {**region(r), "dy": place.dy, "dx": place.dx, "on": place.on, "box": None if box is None else list(box)}
 
 
 @functools.lru_cache(maxsize=4096)
-def _landing(thing: Mask, where: Mask, place: Place, resolution: int, size: int) -> tuple[int, int, int, int] | None:
+def _landing(
+    thing: Mask, where: Mask, place: Place, resolution: int, margin: int, size: int
+) -> tuple[int, int, int, int] | None:
     maps, picture = (resolution, resolution), (size, size)
     try:
-        cut = bounding_box(mask_on_map(thing.url, maps, picture))
-        box = landing((cut.height, cut.width), maps, Selection(0, where.url), picture, "mask", place)
+        cut = bounding_box(mask_on_map(thing.url, maps, picture, margin=margin))
+        box = landing((cut.height, cut.width), maps, Selection(0, where.url), picture, "mask", place, margin)
     except EditError:  # nothing of a mask is left on a coarse map
         return None
-    return tuple(round(edge * size / resolution) for edge in box)
+    shown = resolution - 2 * margin  # of the map: what is around it is in no picture
+    return tuple(min(size, max(0, round((edge - margin) * size / shown))) for edge in box)
 
 
 def overlaps(d: Document) -> list[list[float]] | None:

@@ -133,6 +133,7 @@ class Rewriter:
         *,
         progress: Progress | None = None,
         impl: str | None = None,
+        captured: Captured | None = None,
         **overrides,
     ) -> LowRankPatch:
         """Solve an edit, or several together, and return it as a patch; the generator is left as it was.
@@ -140,6 +141,7 @@ class Rewriter:
         preset: "official" for the published behaviour. overrides: settings such as rank=30 or method="least_squares"
         (see Settings). Several edits share one solution: their directions are joined and every target counts.
         progress: called with (steps done, loss); whatever it raises ends the solve. impl: of the insertion op.
+        captured: the images that `images_of` names, where they are at hand.
 
         The patch's `.report` says what the edit leaves in the generator; EditWarning where it did not take.
         Raises EditError for a record that cannot be solved, NonFiniteError for NaN or infinity in the activations.
@@ -151,7 +153,7 @@ class Rewriter:
         clock = _Clock()
         wanted = [n for e in edits for n in _numbers(e, settings)]
         latents = {n: w for e in edits for n, w in e.latents.items()}
-        captured = self.capture(wanted, latents)
+        captured = captured or self.capture(wanted, latents)
         clock.lap("capture")
         direction = _join([self._directions(captured, self._context(e), settings, e.protect) for e in edits])  # r x I
         clock.lap("directions")
@@ -511,7 +513,8 @@ class Rewriter:
         parts = [self._protected(before, e.protect, settings) for e in edits if e.protect]
         change = size = 0.0
         for selection in regions:
-            area = mask_on_map(selection.mask, before.value_size, self._image_size, "protect mask")  # H x W
+            what = "protect mask"
+            area = mask_on_map(selection.mask, before.value_size, self._image_size, what, before.margin)  # H x W
             row, area = before.index[selection.image], area.to(before.value.device)
             change += float(((after.value[row] - before.value[row]).abs().mean(0) * area).sum())
             size += float((before.value[row].abs().mean(0) * area).sum())

@@ -126,18 +126,19 @@ def scan_keys(
     size = min(total, batch_size or batch_size_by_memory(generator, layer))
     while True:
         try:
-            state = begin()
+            state, finite = begin(), FiniteKeys(layer)
             with report(progress, total, f"keys of {layer}") as advance, torch.no_grad():
                 for at, z in _in_batches(generator, first, total, seed, size, latents):
                     keys = generator.keys(layer, z)  # B x I x h x w
-                    require_finite(keys, layer, first + at)
+                    finite.look(keys, first + at)
                     add(state, first + at, keys)
                     advance(min(total, at + size))
+                finite.finish()
             return state, size
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not is_out_of_memory(error):
                 raise
-        state = keys = None
+        state = keys = finite = None
         size = lowered(size, generator.device, layer)
 
 
@@ -173,16 +174,47 @@ def key_pixels(layer: EditableLayer) -> int:
     return layer.key_resolution**2 if size is None else size[0] * size[1]
 
 
-def require_finite(keys: Tensor, layer: str, first: int) -> None:
-    """NonFiniteError naming the layer and the image numbers, unless all of B x I x h x w is finite."""
-    finite = torch.isfinite(keys).flatten(1).all(1)  # B
-    if not finite.all():
+class FiniteKeys:
+    """Looks for NaN and infinity in batch after batch of a layer's keys; NonFiniteError names the layer and the images.
+
+    On a GPU a batch's answer is asked for when the next one has been queued: the host never waits for all that it has
+    queued, and the GPU does not run out of work between batches. `finish` asks for the last one's.
+    """
+
+    def __init__(self, layer: str) -> None:
+        self.layer = layer
+        self._asked: tuple[torch.cuda.Event, Tensor, Tensor, int] | None = None
+
+    def look(self, keys: Tensor, first: int) -> None:
+        """keys: B x I x h x w, of image number `first` on."""
+        # A sum reads the keys once; where it overflows or meets NaN, every number is looked at.
+        sums = keys.sum((1, 2, 3), dtype=torch.promote_types(keys.dtype, torch.float32))  # B
+        if keys.device.type != "cuda":
+            self._judge(sums, keys, first)
+            return
+        answer = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)
+        event = torch.cuda.current_stream(keys.device).record_event()
+        self.finish()
+        self._asked = event, answer, keys, first
+
+    def finish(self) -> None:
+        if self._asked is not None:
+            event, answer, keys, first = self._asked
+            self._asked = None
+            event.synchronize()
+            self._judge(answer, keys, first)
+
+    def _judge(self, sums: Tensor, keys: Tensor, first: int) -> None:
+        if sums.isfinite().all():
+            return
+        finite = torch.isfinite(keys).flatten(1).all(1)  # B
         numbers = [first + i for i in (~finite).nonzero()[:, 0].tolist()]
-        listed = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
-        raise NonFiniteError(
-            f"the activations at {layer} are NaN or infinite in image{'s' * (len(numbers) > 1)} {listed}: "
-            "the generator's weights are damaged, or too large for their number type"
-        )
+        if numbers:
+            listed = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+            raise NonFiniteError(
+                f"the activations at {self.layer} are NaN or infinite in image{'s' * (len(numbers) > 1)} {listed}: "
+                "the generator's weights are damaged, or too large for their number type"
+            )
 
 
 def check_count(name: str, value: int) -> None:

@@ -396,4 +396,4 @@ def test_images_of_the_public_code(save, path):
 
 
 def test_golden_files_are_there():
-    assert len(list(GOLDEN.glob("*.npz"))) == 9
+    assert len(list(GOLDEN.glob("*.npz"))) == 11

@@ -179,6 +179,22 @@ def test_statistics_belong_to_the_label(tmp_path):
     assert not torch.equal(rewriter.moment.matrix, first)
 
 
+def test_rows_of_an_activation_and_back():
+    """Each image's row is what it would be alone, shares no memory, and joins to the same pictures."""
+    from pyrewrite import load_generator
+
+    for name, layer in (("peeps", "layer5"), ("peeps-progan", "layer4")):
+        g = load_generator(name)
+        with torch.no_grad():
+            batch = g.capture(layer, g.latents([3, 1, 4]))
+            rows = g.rows_of(batch)
+            assert [len(r.key) for r in rows] == [1, 1, 1]
+            assert len({r.key.untyped_storage().data_ptr() for r in rows}) == 3
+            torch.testing.assert_close(rows[1].value, g.capture(layer, g.latents([1])).value, atol=1e-3, rtol=1e-3)
+            pictures = g.finish(layer, g.joined([rows[2], rows[0]]))
+            torch.testing.assert_close(pictures, g.finish(layer, batch)[[2, 0]], atol=1e-4, rtol=1e-3)
+
+
 def test_settings_are_applied_and_others_are_defaults(tmp_path, generator):
     torch.save(reference.random_state(classes=3), tmp_path / "x.pt")
     labelled = load_generator(tmp_path / "x.pt", truncation=0.5)

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from interface_session_support import Client, Refused, box, compose
-from support import bits, mask_url, same_bits
+from support import bits, mask_url, same_bits, settled
 
 from pyrewrite import load_generator
 from pyrewrite.interface import Session, actions
@@ -25,11 +25,11 @@ def session(tmp_path_factory):
 @pytest.fixture
 def client(session):
     client = Client(session)
-    kept, document = bits(session.model.generator), session.document
+    kept, document = bits(settled(session)), session.document
     yield client
     client.settle()
     assert session.document is document
-    assert same_bits(session.model.generator, kept)
+    assert same_bits(settled(session), kept)
     session.disconnect(client.handle)
 
 
@@ -247,7 +247,7 @@ def test_every_action_answers_to_an_empty_message(client):
 def test_a_solve_that_cannot_work_says_so_and_changes_nothing(tmp_path):
     session = Session(load_generator("peeps"), layer="layer4", samples=8, cache_dir=False, folder=tmp_path)
     client = compose(Client(session), 1, box(60, 60, 70, 70))
-    kept = bits(session.model.generator)
+    kept = bits(settled(session))
     client.do("set", rank=128)
     document = session.document
     with pytest.raises(Refused, match="key pixels under the context's masks"):
@@ -258,6 +258,6 @@ def test_a_solve_that_cannot_work_says_so_and_changes_nothing(tmp_path):
     client.settle()
     assert session.job is None
     assert session.document.edits == document.edits == ()
-    assert same_bits(session.model.generator, kept)
+    assert same_bits(settled(session), kept)
     assert session.model.generator.patches is None
     session.close()

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 from interface_session_support import Client, Refused, box, compose
-from support import bits, same_bits
+from support import bits, same_bits, settled
 
 from pyrewrite import load_generator
 from pyrewrite.interface import Session
@@ -50,7 +50,7 @@ def agrees(session: SessionType, kept: dict) -> None:
         deltas = [u.delta() for e in session.document.active for u in e.effective.updates if u.layer == layer]
         if deltas:
             expected[name] = (kept[name].double() + sum(deltas).view(kept[name].shape)).float()
-    assert same_bits(session.model.generator, expected)
+    assert same_bits(settled(session), expected)
 
 
 def test_painting_and_pictures_do_not_wait_for_a_solve(session, client):
@@ -86,14 +86,14 @@ def test_what_is_solved_is_what_was_there_at_the_start(session, client):
 
 def test_cancel_leaves_everything_as_it_was(session, client):
     client.do("set", **LONG)
-    kept, document = bits(session.model.generator), session.document
+    kept, document = bits(settled(session)), session.document
     number = running(client)
     client.do("cancel")
     with pytest.raises(Refused, match="Execute: cancelled"):
         client.answer(number)
     assert client.state["job"] is None
     assert session.document is document
-    assert same_bits(session.model.generator, kept)
+    assert same_bits(settled(session), kept)
     assert session.model.generator.patches is None
     client.do("set", **QUICK)
     client.do("execute")  # and it goes on
@@ -113,7 +113,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_solve_loses_nothing(session, cl
 def test_a_solve_that_fails_leaves_the_bits(session, client, monkeypatch, where):
     client.do("set", **QUICK)
     client.do("execute")
-    kept, document = bits(session.model.generator), session.document
+    kept, document = bits(settled(session)), session.document
     rewriter = session.model.rewriter("layer4")
 
     def fails(*args, **kwargs):
@@ -129,7 +129,7 @@ def test_a_solve_that_fails_leaves_the_bits(session, client, monkeypatch, where)
         client.do("execute")
     monkeypatch.undo()
     assert session.document is document
-    assert same_bits(session.model.generator, kept)
+    assert same_bits(settled(session), kept)
     assert client.state["job"] is None
     client.do("execute")
     agrees(session, bits(load_generator("peeps")))
@@ -138,7 +138,7 @@ def test_a_solve_that_fails_leaves_the_bits(session, client, monkeypatch, where)
 def test_weights_that_cannot_be_written_leave_document_and_bits(session, client, monkeypatch):
     client.do("set", **QUICK)
     client.do("execute")
-    kept, document = bits(session.model.generator), session.document
+    kept, document = bits(settled(session)), session.document
 
     def breaks(self, generator, layers):
         raise OSError("device lost")
@@ -161,16 +161,16 @@ def test_weights_that_cannot_be_written_leave_document_and_bits(session, client,
     with pytest.raises(Refused, match="device lost"):
         client.do("undo")
     assert session.document is document
-    assert same_bits(session.model.generator, kept)
+    assert same_bits(settled(session), kept)
     client.do("undo")
-    assert same_bits(session.model.generator, bits(load_generator("peeps")))
+    assert same_bits(settled(session), bits(load_generator("peeps")))
 
 
 def test_closing_in_the_middle_of_a_solve(session, client):
     client.do("set", **LONG)
     running(client)
     session.close()
-    assert same_bits(session.model.generator, bits(load_generator("peeps")))
+    assert same_bits(settled(session), bits(load_generator("peeps")))
 
 
 def test_statistics_are_dropped_for_a_layer_that_is_no_longer_wanted(tmp_path):
@@ -240,7 +240,7 @@ def test_two_clients_at_once_never_mix_the_weights(session, client):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_any_sequence_of_actions_undone_is_bit_exact(session, seed):
     """Random actions, sensible or not; after each the weights are the document's, and undone all is as at the start."""
-    kept, start = bits(session.model.generator), session.document
+    kept, start = bits(settled(session)), session.document
     client, chance = Client(session), random.Random(seed)
     client.do("set", **QUICK)
 
@@ -298,5 +298,5 @@ def test_any_sequence_of_actions_undone_is_bit_exact(session, seed):
         client.do("undo")
         agrees(session, kept)
     assert session.document == start
-    assert same_bits(session.model.generator, kept)
+    assert same_bits(settled(session), kept)
     assert session.model.generator.patches is None

@@ -1,13 +1,16 @@
 // Every tile, chunk, row and shared-memory bank of the second moment's kernels, counted. Prints nothing where all is
 // right; test_second_moment_geometry.py builds and runs it.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <set>
 #include <vector>
 
 #include "second_moment/fragments.h"
 #include "second_moment/schedule.h"
+#include "second_moment/sm90_layout.h"
 
 using namespace pyrewrite;
 
@@ -239,6 +242,147 @@ void coordinates(int tile) {
   inverse<Tile>(tile);
 }
 
+// A cluster's blocks: every unit that a block needs is copied there once, by one of them, and into the same slot as
+// everywhere else; what is computed covers the triangle once and reads nothing that is not there.
+void cluster(sm90::Shape shape, int row, int column, int d) {
+  using namespace sm90;
+  const Square square{shape, row, column, d};
+  const int blocks = blocks_of(shape), side = side_of(shape);
+  std::vector<std::set<int>> slots(blocks);
+  for (int block = 0; block < blocks; ++block) {
+    CHECK(receivers_of(shape, block) >> block & 1);  // a block waits for the stages that it writes itself
+    for (int number = 0; number < 2; ++number) {
+      const Share share = share_of(shape, block, number);
+      for (int to = 0; to < blocks; ++to) {
+        if (!(share.blocks >> to & 1)) continue;
+        CHECK(senders_of(shape, to) >> block & 1);
+        CHECK(unit_in(shape, block, share.slot) == unit_in(shape, to, share.slot));
+        CHECK(slots[to].insert(share.slot).second);
+      }
+    }
+  }
+  std::vector<int> covered(side * side);
+  for (int block = 0; block < blocks; ++block) {
+    int there = 0, bits = 0;
+    for (int slot : slots[block]) {
+      bits |= 1 << slot;
+      there += square.there(block, slot);
+    }
+    CHECK(bits == slots_of(shape, block));
+    CHECK(square.arriving(block) == there);
+    for (int group = 0; group < kGroups; ++group) {
+      const GroupWork work = square.work(block, group);
+      CHECK(work.columns == 0 || work.columns == 64 || work.columns == 128);
+      if (work.columns == 0) continue;
+      CHECK(slots[block].count(work.a) && square.there(block, work.a));
+      for (int unit = 0; unit < work.columns / kUnit; ++unit)
+        CHECK(slots[block].count(work.b + unit) && square.there(block, work.b + unit));
+      for (int sum = 0; sum < work.columns / 2; ++sum)
+        for (int thread = 0; thread < kGroupThreads; ++thread) {
+          const int position = first_position(block, group) + sum * kGroupThreads + thread;
+          CHECK(position < side * side);
+          const TileElement element = element_at(shape, position);
+          CHECK(element.row >= 0 && element.row < side && element.column >= 0 && element.column < side);
+          // The row in the unit as the instruction has it: sixteen of a warp, a lane's at lane / 4 and eight below.
+          const int in_unit = thread / 32 * 16 + thread % 32 / 4 + sum % 4 / 2 * 8;
+          CHECK(row + element.row == square.channel(block, work.a) + in_unit);
+          CHECK(column + element.column == square.channel(block, work.b) + sum / 4 * 8 + thread % 4 * 2 + sum % 2);
+          ++covered[element.row * side + element.column];
+        }
+    }
+  }
+  for (int i = 0; i < side; ++i)
+    for (int j = 0; j < side; ++j) {
+      const bool needed = row + i <= column + j && column + j < d;
+      CHECK(covered[i * side + j] <= 1 && covered[i * side + j] >= needed);
+    }
+  // The reduction reads positions of needed elements only, and finds each once.
+  std::vector<int> found(side * side);
+  for (int position = 0; position < side * side; ++position) {
+    const TileElement element = element_at(shape, position);
+    const int i = row + element.row, j = column + element.column;
+    if (i <= j && j < d) ++found[element.row * side + element.column];
+  }
+  for (int i = 0; i < side; ++i)
+    for (int j = 0; j < side; ++j) CHECK(found[i * side + j] == (row + i <= column + j && column + j < d));
+}
+
+void clusters() {
+  for (int d : {8, 63, 64, 65, 100, 128}) cluster(sm90::Shape::single, 0, 0, d);
+  for (int d : {129, 192, 193, 256, 257, 300, 321, 385, 449, 512, 513, 1024})
+    for (int row = 0; row < d; row += 256)
+      for (int column = row; column < d; column += 256)
+        cluster(row == column ? sm90::Shape::on : sm90::Shape::beside, row, column, d);
+  const sm90::Square on = sm90::square_of({1, 1}, false, 600), beside = sm90::square_of({0, 2}, false, 600);
+  CHECK(on.shape == sm90::Shape::on && on.row == 256 && on.column == 256);
+  CHECK(beside.shape == sm90::Shape::beside && beside.row == 0 && beside.column == 512);
+  CHECK(sm90::square_of({0, 0}, true, 60).shape == sm90::Shape::single);
+}
+
+// A warp stores eight bytes a lane: four numbers of two lines, all of each line. Eight granules of a column of eight
+// lines, which matrix instructions read together, lie in different banks as well.
+void lines() {
+  for (int line = 0; line < sm90::kUnit; line += 2) {
+    std::set<int> granules;
+    for (int lane = 0; lane < 32; ++lane) {
+      const int at = sm90::turned(line + lane / 16, lane % 16 * 8);
+      CHECK(at / sm90::kLine == line + lane / 16 && at % 8 == 0);
+      granules.insert(at);
+    }
+    CHECK(granules.size() == 32 && *granules.rbegin() - *granules.begin() == 2 * sm90::kLine - 8);
+  }
+  for (int first = 0; first < sm90::kUnit; first += 8)
+    for (int byte = 0; byte < sm90::kLine; byte += 16) {
+      std::vector<int> addresses;
+      for (int line = first; line < first + 8; ++line) addresses.push_back(sm90::turned(line, byte));
+      one_trip(addresses);
+    }
+}
+
+// Which inputs boxes can copy, and the rows that they take.
+void boxes() {
+  alignas(16) static char memory[64];
+  const auto params = [&](std::int64_t images, std::int64_t width, int d, bool by_row) {
+    SecondMomentParams p{};
+    p.x = memory, p.dtype = DType::bfloat16;
+    p.images = images, p.height = 1, p.width = width, p.d = d;
+    p.column_stride = by_row ? d : 1, p.channel_stride = by_row ? 1 : width, p.image_stride = width * d;
+    return joined(p);
+  };
+  CHECK(sm90::boxes_fit(params(1, 1000, 64, true)));
+  CHECK(!sm90::boxes_fit(params(1, 1000, 60, true)));  // rows of 120 bytes
+  CHECK(!sm90::boxes_fit(params(1, 1000, 4, true)));
+  CHECK(sm90::boxes_fit(params(3, 1024, 64, false)) && sm90::rows_of_boxes(params(3, 1024, 64, false)) == 3 * 1024);
+  CHECK(sm90::boxes_fit(params(3, 144, 60, false)) == false);  // 192 rows for 144
+  CHECK(sm90::boxes_fit(params(3, 176, 60, false)) && sm90::rows_of_boxes(params(3, 176, 60, false)) == 3 * 192);
+  CHECK(!sm90::boxes_fit(params(9, 16, 64, false)));  // 64 rows for 16
+  CHECK(!sm90::boxes_fit(params(3, 1021, 64, false)));
+  SecondMomentParams p = params(1, 1000, 64, true);
+  p.x = memory + 2;
+  CHECK(!sm90::boxes_fit(p));
+  p = params(1, 1000, 64, true), p.column_stride = 0;  // one row again and again
+  CHECK(!sm90::boxes_fit(p));
+  p = params(4, 64, 64, false), p.image_stride = 0;
+  CHECK(!sm90::boxes_fit(p));
+}
+
+void scales() {
+  for (float peak : {1.f, 1.5f, 3e38f, 1e-30f, 7e-3f, 65504.f, 1e-35f}) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &peak, 4);
+    const int exponent = scale_exponent(bits);
+    CHECK(exponent >= -126 && exponent <= 126);  // the factor is an ordinary float
+    const double scaled = std::ldexp(static_cast<double>(peak), exponent);
+    CHECK(scaled >= 128 && scaled < 256);
+  }
+  const float unusual[] = {0.f, INFINITY, 1e-45f, 1.2e-38f};
+  for (float peak : unusual) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &peak, 4);
+    CHECK(scale_exponent(bits) == (peak > 0 && peak < 1 ? 126 : 0));
+  }
+}
+
 int main() {
   triangle();
   plans();
@@ -257,6 +401,10 @@ int main() {
   coordinates<MmaTile<64, 32, 32, 2>>(64);
   coordinates<MmaTile<128, 64, 32, 4>>(128);
   coordinates<MmaTile<128, 64, 32, 2>>(128);
+  clusters();
+  lines();
+  boxes();
+  scales();
   for (int d = 1; d < 5000; ++d) {
     const int tile = tile_for(d);
     CHECK(tile == 64 || tile == 128);

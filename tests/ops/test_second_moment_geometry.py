@@ -31,6 +31,11 @@ def rounded(x: np.ndarray) -> np.ndarray:
     return bits.view(np.float32).astype(np.float64)
 
 
+def half(x: np.ndarray) -> np.ndarray:
+    """To a half number, as csrc/second_moment/sm90.cuh does it after it has scaled the channel."""
+    return x.astype(np.float16).astype(np.float64)
+
+
 def to_float32(x: np.ndarray, cut: bool) -> np.ndarray:
     near = x.astype(np.float32)
     if cut:
@@ -39,36 +44,49 @@ def to_float32(x: np.ndarray, cut: bool) -> np.ndarray:
     return near.astype(np.float64)
 
 
-def tensor_core_sum(x: np.ndarray, y: np.ndarray, split: bool, chain: int, total: int, cut: bool) -> float:
-    """sum of x y as csrc/second_moment/sm80.cuh makes it from instructions of 8 rows: `chain` rows in an accumulator,
-    `total` rows in float32.
+def tensor_core_sum(
+    x: np.ndarray, y: np.ndarray, split: bool, chain: int, total: int, cut: bool, halves: bool
+) -> float:
+    """sum of x y as csrc/second_moment/sm80.cuh makes it from instructions of 8 rows, or sm90.cuh (`halves`) from those
+    of 16: `chain` rows in an accumulator, `total` rows in float32.
     """
-    high = [rounded(v).reshape(-1, chain // 8, 8) for v in (x, y)]
-    low = [rounded(v - rounded(v)).reshape(-1, chain // 8, 8) for v in (x, y)]
+    rows, part = (16, half) if halves else (8, rounded)
+    if halves:  # the largest value to 128 ... 256
+        scale = [2.0 ** (7 - np.floor(np.log2(v.max()))) for v in (x, y)]
+        scaled = [v.astype(np.float64) * s for v, s in zip((x, y), scale, strict=True)]
+    else:
+        scale, scaled = [1.0, 1.0], [x, y]
+    high = [part(v).reshape(-1, chain // rows, rows) for v in scaled]
+    low = [part(v - part(v)).reshape(-1, chain // rows, rows) for v in scaled]
     sums = np.zeros(high[0].shape[0])
     if split:
-        for step in range(chain // 8):
+        for step in range(chain // rows):
             sums = to_float32(sums + (high[0] * low[1])[:, step].sum(1), cut)
             sums = to_float32(sums + (low[0] * high[1])[:, step].sum(1), cut)
-    for step in range(chain // 8):
+    for step in range(chain // rows):
         sums = to_float32(sums + (high[0] * high[1])[:, step].sum(1), cut)
     sums = sums.reshape(-1, total // chain)
     totals = np.zeros(sums.shape[0])
     for step in range(sums.shape[1]):
         totals = to_float32(totals + sums[:, step], cut=False)
-    return totals.sum()
+    return totals.sum() / (scale[0] * scale[1])
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["rounded", "cut"])
 @pytest.mark.parametrize(
-    ("split", "chain", "total", "bound"),
-    [(True, 32, 8192, 3e-7), (False, 256, 8192, 3e-6)],
-    ids=["fp32", "tf32"],
+    ("split", "chain", "total", "bound", "halves"),
+    [
+        (True, 32, 8192, 3e-7, False),
+        (False, 256, 8192, 3e-6, False),
+        (True, 64, 8192, 3e-7, True),
+        (False, 128, 8192, 3e-6, True),
+    ],
+    ids=["fp32", "tf32", "fp32 of halves", "tf32 of halves"],
 )
-def test_error_of_two_million_rows(split, chain, total, bound, cut):
+def test_error_of_two_million_rows(split, chain, total, bound, halves, cut):
     """Values that are never negative: nothing cancels, so every cut sum errs in the same direction."""
     random = np.random.default_rng(0)
     columns = [random.random(1 << 21, np.float32), np.maximum(random.standard_normal(1 << 21, np.float32), 0)]
     for x, y in ((columns[0], columns[0]), (columns[0], columns[1]), (columns[1], columns[1])):
         truth = (x.astype(np.float64) * y).sum()
-        assert abs(tensor_core_sum(x, y, split, chain, total, cut) / truth - 1) < bound
+        assert abs(tensor_core_sum(x, y, split, chain, total, cut, halves) / truth - 1) < bound

@@ -1,0 +1,74 @@
+"""The second moment's memory traffic and matrix products, where the CUDA runtime counts them (as in
+test_projection_traffic.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+RUN = """
+import sys, torch
+from pyrewrite.ops import second_moment
+d, rows, dtype, layout, precision = (int(a) if a.isdigit() else a for a in sys.argv[1:])
+torch.manual_seed(0)
+x = torch.rand(rows, d) if layout == "rows" else torch.rand(rows // 256, d, 16, 16)
+second_moment(x.to(getattr(torch, dtype)), precision=precision, impl="cuda")
+"""
+
+
+@pytest.fixture
+def counted(tmp_path):
+    try:
+        ctypes.CDLL("libcudart.so.13").emu_register_range  # noqa: B018
+    except (OSError, AttributeError):
+        pytest.skip("this CUDA runtime counts no traffic")
+
+    def run(*arguments) -> dict:
+        """What the launch did that computes the partial sums."""
+        report = tmp_path / "report"
+        env = {**os.environ, "EMU_COUNTERS": "1", "EMU_REPORT": str(report)}
+        command = [sys.executable, "-c", RUN, *map(str, arguments)]
+        subprocess.run(command, check=True, env=env, capture_output=True, timeout=120)
+        launches = [json.loads(line) for line in report.read_text().splitlines()]
+        (launch,) = [one for one in launches if "_moment" in one["kernel"]]
+        return launch
+
+    return run
+
+
+# Matrix instructions of four warps for 16 rows: 8 of the square beside the diagonal and 8 of each on it at d = 512.
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("d", "rows", "dtype", "layout", "precision", "reads", "products"),
+    [
+        (512, 1024, "bfloat16", "rows", "fp32", 4.5, 24),
+        (512, 1024, "float16", "nchw", "fp32", 4.5, 24),
+        (512, 1024, "float32", "rows", "fp32", 2, 72),
+        (512, 1024, "float32", "nchw", "fp32", 2, 72),
+        (512, 1024, "float32", "rows", "tf32", 2, 24),
+        (256, 1024, "float32", "rows", "tf32", 1, 8),
+        (128, 4096, "float32", "rows", "fp32", 1, 6),
+        (64, 4096, "bfloat16", "rows", "fp32", 1, 1),
+    ],
+)
+def test_hopper_kernels(d, rows, dtype, layout, precision, reads, products, counted):
+    launch = counted(d, rows, dtype, layout, precision)
+    if "sm90" not in launch["kernel"]:
+        pytest.skip("not the GPU that the kernels are for, or a build without them")
+    size = rows * d * (4 if dtype == "float32" else 2)
+    scales = 4 * d if dtype == "float32" else 0
+    assert launch["distinct_load_bytes"] == size + scales
+    # Boxes are counted where they arrive: in four and a half blocks of three clusters, who each ask for them once.
+    read = launch["global_load_bytes"]
+    assert reads * size <= read <= reads * size + 256 * 16 * scales
+    if dtype == "float32":  # every sector that is fetched is used whole, but for the scales
+        assert launch["global_load_sectors"] * 32 <= 1.02 * size * reads + 8 * (read - size * reads)
+    assert launch["wgmma"] == products * rows // 16
+    assert launch["shared_wavefronts"] == launch["shared_ideal_wavefronts"]
+    assert launch["local_bytes"] == 0
