@@ -107,6 +107,7 @@ def test_1_it_opens_and_32_pictures_are_painted(story, measured):
     assert story.page.locator(".pyrewrite figure").count() == len(story.session.document.numbers) == 32
     assert pixels(story, '.tile[data-number="41"]').std() > 20
     assert measured["32 pictures after opening"][0] < 8000  # the target is 2 s; CI machines are slow
+    assert not story.page.locator(".pyrewrite .job").is_visible()  # nothing is done before something is painted
     story.shot("story-1-open")
     numbers = story.page.locator("input[name=numbers]")
     numbers.fill(FEWER)
@@ -120,8 +121,8 @@ def test_2_a_hat_is_copied(story, measured):
     for _ in range(5):
         story.stroke(story.tile(HAT), [(0.3, 0.3), (0.3, 0.5)])
         times.append(float(until(lambda: story.page.evaluate(TAKE_PAINT_MS))))
-    story.page.keyboard.press("]")
-    story.page.keyboard.press("]")
+    for _ in range(6):
+        story.page.keyboard.press("]")
     story.cap(story.tile(HAT))
     until(lambda: mask_of(story.session).sum() > 1500)
     story.shot("story-2-painted")

@@ -498,7 +498,7 @@ const MORE = [
   ["project_every", "Project every", "Steps between two projections (method: projected)."],
   ["protect_rank", "Protect rank", "Number of directions that stand for what is protected."],
   ["units", "Erase units", "How many units Erase silences."],
-  ["quantile", "Match quantile", "Context matches: the share of all pixels below the outline."],
+  ["quantile", "Match above", "Context matches: the share of all pixels below the outline."],
 ];
 const CHOICES = {
   method: { low_rank: "low rank", projected: "projected (published)", least_squares: "least squares (closed form)" },
@@ -1109,7 +1109,7 @@ class App {
   updateJob() {
     const job = this.state.job;
     const statistics = this.state.statistics;
-    const collecting = !job && statistics && !statistics.ready;
+    const collecting = !job && !statistics.ready && statistics.of > 0;
     this.job.hidden = !job && !collecting;
     this.cancel.hidden = !job;
     this.root.dataset.job = job ? job.kind : "";
@@ -1119,9 +1119,8 @@ class App {
       else this.bar.removeAttribute("value");
       setText(this.working, [label ?? job.kind, steps && `step ${step} of ${steps}`, Number.isFinite(loss) && `loss ${loss.toFixed(4)}`].filter(Boolean).join(" · "));
     } else if (collecting) {
-      if (statistics.of) this.bar.value = statistics.done / statistics.of;
-      else this.bar.removeAttribute("value");
-      setText(this.working, `statistics of ${statistics.layer}${statistics.of ? ` · ${statistics.done} of ${statistics.of} pictures` : ""}`);
+      this.bar.value = statistics.done / statistics.of;
+      setText(this.working, `Statistics of ${statistics.layer} · ${statistics.done} of ${statistics.of} pictures`);
     }
   }
 
