@@ -20,8 +20,10 @@ except ImportError:  # Python 3.10
 
 import torch
 
+import bench.convolution
 import bench.insertion
 import bench.projection
+import bench.rendering
 import bench.second_moment
 import pyrewrite
 from bench.core import Machine, measure, measure_machine
@@ -31,6 +33,8 @@ KERNELS = {
     "second_moment": bench.second_moment.case,
     "projection": bench.projection.case,
     "insertion": bench.insertion.case,
+    "convolution": bench.convolution.case,
+    "rendering": bench.rendering.case,
 }
 COLUMNS = ("way", "ms", "ratio", "GB/s", "TFLOP/s", "% of floor", "error")
 

@@ -12,6 +12,7 @@
 #include "common/cpu.h"
 #include "common/device.h"
 #include "common/status.h"
+#include "convolution/bind.h"
 #include "projection/params.h"
 #include "second_moment/params.h"
 #if __has_include("insertion/bind.h")
@@ -256,6 +257,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cuda_report", &cuda_report_dict);
 #endif
 
+  bind_convolution(m);
 #ifdef PYREWRITE_HAS_INSERTION
   bind_insertion(m);
 #endif

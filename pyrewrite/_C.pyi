@@ -21,19 +21,37 @@ class Adam:
 
     def __init__(self, step: float, lr: float, beta1: float, beta2: float, eps: float, project: bool) -> None: ...
 
+class InsertionEdit:
+    """One edit: the addresses of its arrays, its sizes and settings."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        starts: Sequence[int],
+        shape: tuple[int, int, bool],
+        shapes: Sequence[int],
+        problem: Sequence[int],
+        state: Sequence[int],
+        settings: Sequence[float],
+    ) -> None: ...
+
 def version() -> str: ...
 def build_info() -> dict[str, Any]: ...
 def cpu_isa() -> str: ...
 def second_moment(x: int, dtype: int, shape: _Four, strides: _Four, total: int, threads: int) -> None: ...
 def project_cpu(weights: Sequence[Weight], adam: Adam | None, threads: int) -> None: ...
-def insertion_steps_cpu(
+def insertion_steps_cpu(edits: Sequence[InsertionEdit], threads: int) -> None: ...
+def conv3x3_prepare(weight: int, strides: _Four, out: int, in_: int, prepared: int) -> None: ...
+def upconv3x3_prepare(weight: int, strides: _Four, out: int, in_: int, prepared: int) -> None: ...
+def conv3x3_cpu(
+    arrays: Sequence[int], sizes: Sequence[int], upsample: bool, negative_slope: float, threads: int
+) -> None: ...
+def upconv3x3_cpu(
+    arrays: Sequence[int],
     sizes: Sequence[int],
-    starts: Sequence[int],
-    shape: tuple[int, int, bool],
-    shapes: Sequence[int],
-    problem: Sequence[int],
-    state: Sequence[int],
-    settings: Sequence[float],
+    vertical: Sequence[float],
+    horizontal: Sequence[float],
+    negative_slope: float,
     threads: int,
 ) -> None: ...
 
@@ -57,15 +75,7 @@ def second_moment_cuda(
     wait: bool,
 ) -> None: ...
 def project_cuda(weights: Sequence[Weight], adam: Adam | None, device: int, stream: int, wait: bool) -> None: ...
+def insertion_workspace(edits: Sequence[InsertionEdit], device: int) -> int: ...
 def insertion_steps_cuda(
-    sizes: Sequence[int],
-    starts: Sequence[int],
-    shape: tuple[int, int, bool],
-    shapes: Sequence[int],
-    problem: Sequence[int],
-    state: Sequence[int],
-    settings: Sequence[float],
-    device: int,
-    stream: int,
-    wait: bool,
+    edits: Sequence[InsertionEdit], workspace: int, device: int, stream: int, wait: bool
 ) -> None: ...

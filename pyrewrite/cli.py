@@ -108,8 +108,8 @@ def convert(file: str, out: str, as_json: bool) -> None:
 
     \b
     .safetensors  all families, class labels too, with family and hash beside the weights
-    .pt, .pth     StyleGAN2: rosinality's {g_ema, latent_avg}; Progressive GAN: the official {state_dict};
-                  DCGAN: the state dict of the PyTorch tutorial
+    .pt, .pth     StyleGAN2: rosinality's {g_ema, latent_avg}; StyleGAN3: {G_ema} with NVIDIA's names;
+                  Progressive GAN: the official {state_dict}; DCGAN: the state dict of the PyTorch tutorial
 
     The result is loaded again and compared with what was written.
     """
@@ -258,7 +258,8 @@ def solve(
         raise click.UsageError("the record does not name a layer: give --layer (see `pyrewrite info`)")
     chosen = record.resolve(preset)
     truncation = chosen.truncation if truncation is None else truncation
-    generator = _load(file, device, truncation, label)
+    generator = _load(file, device, truncation, None)
+    generator.apply_settings({**(record.images or {}), **({} if label is None else {"label": label})})
     rewriter = Rewriter(
         generator,
         layer,
@@ -412,6 +413,78 @@ def demo(out: str, only: tuple[str, ...], count: int, official: bool, device: st
         _print_json(result.to_dict())
     else:
         click.echo(result.table())
+
+
+@main.command()
+@FILE
+@click.option("--layer", help="Layer to begin with.  [default: one that usually fits]")
+@click.option("--images", default="0-31", show_default=True, help="Pictures to begin with, such as 0-8,12,200-212.")
+@click.option("--samples", type=int, default=1000, show_default=True, help="Images for the statistics.")
+@click.option(
+    "--folder", type=click.Path(file_okay=False), default="pyrewrite-edits", show_default=True, help="Saved edits."
+)
+@click.option("--port", type=int, help="Port on 127.0.0.1, 0 for any.  [default: the first free one from 8765 on]")
+@click.option(
+    "--allow-origin", multiple=True, metavar="ORIGIN", help="Also answer behind this proxy: https://hub.example"
+)
+@click.option("--base-path", default="/", show_default=True, help="Path that a proxy leaves in front.")
+@click.option("--open", "open_browser", is_flag=True, help="Open the page in the browser of this machine.")
+@DEVICE
+@TRUNCATION
+@LABEL
+@SEED
+@CACHE
+def ui(
+    file: str,
+    layer: str | None,
+    images: str,
+    samples: int,
+    folder: str,
+    port: int | None,
+    allow_origin: tuple[str, ...],
+    base_path: str,
+    open_browser: bool,
+    device: str,
+    truncation: float | None,
+    label: int | None,
+    seed: int | None,
+    cache: str | None,
+) -> None:
+    """Copy, paste and rewrite in the browser, on a page of this machine.
+
+    The page answers on 127.0.0.1 only, at an address with a secret token. From another machine, forward the port with
+    `ssh -L 8765:127.0.0.1:8765 HOST` and open the address that is printed.
+    """
+    try:
+        from .interface import Session, serve
+    except ModuleNotFoundError as error:
+        raise click.ClickException(str(error)) from error
+
+    generator = _load(file, device, truncation, label)
+    session = Session(
+        generator,
+        layer=layer,
+        samples=samples,
+        seed=1 if seed is None else seed,
+        folder=folder,
+        cache_dir=cache,
+        name=Path(file).name,
+        strip=images,
+    )
+    try:
+        page = serve(session, port, allow_origin, base_path)
+    except OSError as error:
+        session.close()
+        raise click.ClickException(str(error)) from error
+    click.echo(page.address)
+    click.echo("open this address in a browser; Ctrl-C ends the page", err=True)
+    if open_browser:
+        click.launch(page.address)
+    try:
+        page.wait()
+    finally:
+        page.close()
+        session.close()
 
 
 def parse_numbers(text: str) -> list[int]:

@@ -6,14 +6,20 @@ The record is the official one (`object`, `paste`, `key`, `query`; masks are PNG
 
 from __future__ import annotations
 
+import base64
+import binascii
 import dataclasses
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._files import write_atomically
 from .errors import EditError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 1
 METHODS = ("low_rank", "projected", "least_squares")
@@ -31,6 +37,17 @@ class Selection(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Place:
+    """How the object lands in one picture: dy, dx in picture pixels from the centre of that picture's mask; on=False:
+    not at all, the picture is context only.
+    """
+
+    dy: int = 0
+    dx: int = 0
+    on: bool = True
+
+
+@dataclass(frozen=True)
 class Settings:
     """How an edit is solved. Every field can stand in the record's `pyrewrite.settings`.
 
@@ -45,6 +62,7 @@ class Settings:
     margin: pixels of the value map around the pasted box that belong to the goal too, as the picture has them: the
         edit learns where to stop. They weigh as much as the object.
     crop: "surroundings" convolves the crop with the keys around it, "alone" with zeros around it (as published).
+    protect_rank: dimensions of the protected keys, whitened, that the edit may not touch (masks in `Edit.protect`).
     warm_start: begin the loop at the closed form instead of zero ("low_rank" only).
     steps, lr, project_every: the optimisation loop.
     samples, seed, truncation: the statistics, and the images that the numbers of the record mean.
@@ -59,6 +77,7 @@ class Settings:
     weighting: str = "box"
     margin: int = 2
     crop: str = "surroundings"
+    protect_rank: int = 20
     warm_start: bool = True
     steps: int = 301
     lr: float = 0.05
@@ -93,7 +112,7 @@ class Settings:
 
 
 _CHOICES = {"method": METHODS, "key_method": KEY_METHODS, "targets": TARGETS, "weighting": WEIGHTINGS, "crop": CROPS}
-_INTEGERS = {"rank": 1, "steps": 1, "project_every": 1, "samples": 1, "seed": 0, "margin": 0}
+_INTEGERS = {"rank": 1, "steps": 1, "project_every": 1, "samples": 1, "seed": 0, "margin": 0, "protect_rank": 1}
 _NUMBERS = {"preserve": 0, "shrinkage": 0, "lr": None, "truncation": 0}  # None: must be above zero
 SETTING_NAMES = tuple(f.name for f in dataclasses.fields(Settings))
 
@@ -122,6 +141,12 @@ class Edit:
 
     object, paste, query: a Selection or None. context: the record's `key`, a list of Selections (empty: the paste is
     the context). layer: name such as "layer8" or None. settings: only what the record says, as a dict.
+    protect: Selections of what must not change. places: picture number -> Place, for pictures where the object does not
+    land at the centre of the mask or not at all. latents: picture number -> w (w_dim, or num_ws x w_dim, float32), for
+    pictures that are not among the generator's numbered ones.
+    images: what else than seed and truncation decides the numbered pictures, where it is not the default, as
+    `Generator.settings()` says it: {"label": 3, "noise": "none", "truncation_layers": 8}. None: the record does not
+    say.
     """
 
     object: Selection | None = None
@@ -133,6 +158,9 @@ class Edit:
     settings: dict[str, Any] = field(default_factory=dict)
     generator: dict[str, str] | None = None
     protect: list[Selection] = field(default_factory=list)
+    places: dict[int, Place] = field(default_factory=dict)
+    latents: dict[int, Tensor] = field(default_factory=dict)
+    images: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -185,6 +213,9 @@ class Edit:
             settings=dict(settings),
             generator=own.get("generator"),
             protect=_selections(own.get("protect"), source, "pyrewrite.protect"),
+            places=_places(own.get("places"), source),
+            latents=_latents(own.get("latents"), source),
+            images=_images(own, source),
             extra={k: v for k, v in record.items() if k not in known},
         )
 
@@ -203,6 +234,9 @@ class Edit:
             "layer": self.layer,
             "settings": self.settings or None,
             "protect": [list(s) for s in self.protect] or None,
+            "places": {str(n): dataclasses.asdict(p) for n, p in self.places.items()} or None,
+            "images": self.images or None,
+            "latents": {str(n): _latent_url(w) for n, w in self.latents.items()} or None,
         }
         record["pyrewrite"] = {k: v for k, v in own.items() if v is not None}
         return record
@@ -243,3 +277,107 @@ def _selections(value: Any, source: str, field_name: str) -> list[Selection]:
         raise EditError(f"{source}: field {field_name!r} is {_kind(value)}; expected a list of selections")
     chosen = (_selection(v, source, f"{field_name}[{i}]") for i, v in enumerate(value))
     return [s for s in chosen if s is not None]
+
+
+def _numbered(value: Any, source: str, field_name: str) -> dict[int, Any]:
+    """A JSON object whose names are image numbers."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise EditError(f"{source}: field {field_name!r} is {_kind(value)}; expected an object")
+    for name in value:
+        if not (isinstance(name, str) and name.isascii() and name.isdecimal() and len(name) < 10):
+            raise EditError(f"{source}: field {field_name!r}: {name!r} is not an image number")
+    return {int(name): item for name, item in value.items()}
+
+
+def _places(value: Any, source: str) -> dict[int, Place]:
+    places = {}
+    for number, item in _numbered(value, source, "pyrewrite.places").items():
+        what = f"{source}: field 'pyrewrite.places.{number}'"
+        if not isinstance(item, dict) or set(item) - {"dy", "dx", "on"}:
+            raise EditError(f"{what}: expected an object of dy, dx and on, got {item!r:.60}")
+        for name in ("dy", "dx"):
+            shift = item.get(name, 0)
+            if isinstance(shift, bool) or not isinstance(shift, int) or abs(shift) > 1 << 16:
+                raise EditError(f"{what}: {name} is {shift!r}; expected a whole number of pixels")
+        if not isinstance(item.get("on", True), bool):
+            raise EditError(f"{what}: on is {item['on']!r}; expected true or false")
+        places[number] = Place(**item)
+    return places
+
+
+_IMAGES = {
+    "label": (lambda value: type(value) is int and value >= 0, "a whole number from 0"),
+    "noise": (lambda value: value in ("fixed", "none"), "fixed or none: edits need the same pictures each time"),
+    "truncation_layers": (lambda value: type(value) is int and value >= 0, "a whole number from 0"),
+}
+
+
+def _images(own: dict[str, Any], source: str) -> dict[str, Any] | None:
+    """What decides the numbered pictures. A record that says its truncation and not these means the defaults; others,
+    such as the official ones, say nothing.
+    """
+    value = own.get("images")
+    if value is None:
+        return {} if "truncation" in (own.get("settings") or {}) else None
+    if not isinstance(value, dict):
+        raise EditError(f"{source}: field 'pyrewrite.images' is {_kind(value)}; expected an object")
+    for name, given in value.items():
+        if name not in _IMAGES:
+            raise EditError(f"{source}: field 'pyrewrite.images': unknown {name!r}; expected {', '.join(_IMAGES)}")
+        fits, expected = _IMAGES[name]
+        if not fits(given):
+            raise EditError(f"{source}: field 'pyrewrite.images.{name}' is {given!r:.60}; expected {expected}")
+    return dict(value)
+
+
+_LATENT_URL = "data:application/octet-stream;base64,"  # of an .npy file
+
+
+def _latents(value: Any, source: str) -> dict[int, Tensor]:
+    latents = {}
+    for number, url in _numbered(value, source, "pyrewrite.latents").items():
+        what = f"{source}: field 'pyrewrite.latents.{number}'"
+        if not isinstance(url, str) or not url.startswith(_LATENT_URL):
+            raise EditError(f"{what}: expected a data URL of an .npy file, got {url!r:.60}")
+        try:
+            data = base64.b64decode(url[len(_LATENT_URL) :], validate=True)
+        except binascii.Error as error:
+            raise EditError(f"{what}: the data URL is damaged ({error})") from error
+        latents[number] = read_latent(data, what)
+    return latents
+
+
+def read_latent(data: bytes, what: str = "latent") -> Tensor:
+    """The bytes of an .npy file -> its float32 tensor. EditError for anything but finite floating-point numbers."""
+    import numpy as np
+    import torch
+
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+    except (ValueError, EOFError, OSError) as error:
+        raise EditError(f"{what}: expected an .npy file ({error})") from error
+    if dtype.kind != "f" or (fortran and len(shape) > 1):
+        raise EditError(f"{what}: the .npy file holds {dtype}; expected floating-point numbers in C order")
+    count = 1
+    for length in shape:
+        count *= length
+    body = data[file.tell() :]
+    if count * dtype.itemsize != len(body):  # before anything is allocated: the header may claim any size
+        raise EditError(f"{what}: the .npy file holds {len(body)} bytes; its header says {count} x {dtype.itemsize}")
+    values = torch.from_numpy(np.frombuffer(body, dtype).astype(np.float32).reshape(shape))
+    if not torch.isfinite(values).all():
+        raise EditError(f"{what}: the numbers are not finite")
+    return values
+
+
+def _latent_url(latent: Tensor) -> str:
+    import numpy as np
+
+    file = io.BytesIO()
+    np.save(file, latent.detach().cpu().float().numpy())
+    return _LATENT_URL + base64.b64encode(file.getvalue()).decode("ascii")

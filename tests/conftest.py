@@ -37,9 +37,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def on_device() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+def on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     """Puts a tensor where impl='cuda' takes it: on the GPU, or in place where the device reads the processor's
-    memory. A runtime that runs kernels on the processor and checks their accesses is told which memory is theirs.
+    memory. A runtime that runs kernels on the processor and checks their accesses is told which memory is theirs, the
+    operators' own scratch included.
     """
     if torch.cuda.is_available():
         yield lambda tensor: tensor.cuda()
@@ -58,6 +59,8 @@ def on_device() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
             registered.append(tensor)  # keeps the memory
         return tensor
 
+    allocate = _library.workspace
+    monkeypatch.setattr(_library, "workspace", lambda *arguments: place(allocate(*arguments)))
     yield place
     for tensor in registered:
         unregister(ctypes.c_void_p(tensor.untyped_storage().data_ptr()))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrewrite.ops import ConvLayer, InsertionTarget, key_size
-from pyrewrite.ops.insertion import target_loss
+from pyrewrite.ops.insertion import prepare, target_loss
 
 FIELDS = ("key", "goal", "style", "noise", "weight")
 
@@ -102,3 +102,15 @@ def autograd_low_rank(layer, direction, targets, steps: int, lr: float = 0.05, p
         loss.backward()
         optimizer.step()
     return lambda_.detach(), torch.tensor(losses, dtype=torch.float64)
+
+
+def operator_arguments(layer, direction, targets, first: int = 0, count: int = 3) -> tuple:
+    """The arguments of `insertion_steps_` for one edit, from zero state."""
+    p = prepare(layer, direction, targets)
+    state = [torch.zeros(len(p.base), len(p.keys)) for _ in range(3)]
+    nothing = p.base.new_empty(0)
+    problem = [p.base, p.keys, p.goal, p.noise, p.weight, p.bias, p.energy, p.cross, p.gram, None, None]
+    tensors = [nothing if x is None else x for x in (*state, torch.zeros(count, dtype=torch.float64), *problem)]
+    settings = [[len(p.shapes)], [size for shape in p.shapes for size in shape], [p.rank], [p.negative_slope], [p.gain]]
+    settings += [list(p.kernel), [p.flipped], first, count, 0.05, 0.9, 0.999, 1e-8]
+    return (*([x] for x in tensors), *settings)

@@ -62,16 +62,22 @@ def modulated(weight, x, styles, demodulate, f=None):
     return torch.cat(out)
 
 
-def layer(state, name, x, w, up, noise):
+def clamped(x, bound):
+    return x if bound is None else x.clamp(-bound, bound)
+
+
+def layer(state, name, x, w, up, noise, clamps=None):
     f = square_filter(state[f"{name}.resample_filter"]) if up else None
     x = modulated(state[f"{name}.weight"], x, dense(state, f"{name}.affine", w), True, f)
     if noise and f"{name}.noise_const" in state:
         x = x + state[f"{name}.noise_const"] * state[f"{name}.noise_strength"]
-    return F.leaky_relu(x + state[f"{name}.bias"][:, None, None], 0.2) * math.sqrt(2)
+    x = F.leaky_relu(x + state[f"{name}.bias"][:, None, None], 0.2) * math.sqrt(2)
+    return clamped(x, (clamps or {}).get(name))
 
 
-def images(state, z, label=None, truncation=1.0, noise=True):
-    """state: names of NVIDIA's layout -> B x C x H x W, not clamped."""
+def images(state, z, label=None, truncation=1.0, noise=True, clamps=None):
+    """state: names of NVIDIA's layout -> B x C x H x W, not clamped. clamps: layer -> bound of what it puts out."""
+    clamps = clamps or {}
     w = mapped(state, z, label)
     if truncation != 1:
         w = state["mapping.w_avg"] + truncation * (w - state["mapping.w_avg"])
@@ -79,12 +85,21 @@ def images(state, z, label=None, truncation=1.0, noise=True):
     resolution, x, rgb = base, state[f"synthesis.b{base}.const"].expand(len(z), -1, -1, -1), None
     while f"synthesis.b{resolution}.conv1.weight" in state:
         block = f"synthesis.b{resolution}"
+        before = x
         if resolution > base:
-            x = layer(state, f"{block}.conv0", x, w, True, noise)
-        x = layer(state, f"{block}.conv1", x, w, False, noise)
+            x = layer(state, f"{block}.conv0", x, w, True, noise, clamps)
+        x = layer(state, f"{block}.conv1", x, w, False, noise, clamps)
+        if f"{block}.skip.weight" in state:
+            f, weight = square_filter(state[f"{block}.skip.resample_filter"]), state[f"{block}.skip.weight"]
+            spread = upfirdn(before, 4 * f, 2, (len(f) + 1) // 2, (len(f) - 2) // 2)
+            x = (F.conv2d(spread, weight / math.sqrt(weight.shape[1])) + x) * math.sqrt(0.5)
+        if f"{block}.torgb.weight" not in state:
+            resolution *= 2
+            continue
         weight = state[f"{block}.torgb.weight"]
         style = dense(state, f"{block}.torgb.affine", w) / math.sqrt(weight.shape[1] * weight.shape[2] ** 2)
         new = modulated(weight, x, style, False) + state[f"{block}.torgb.bias"][:, None, None]
+        new = clamped(new, clamps.get(f"{block}.torgb"))
         if rgb is not None:
             f = square_filter(state[f"{block}.resample_filter"])
             new = new + upfirdn(rgb, 4 * f, 2, (len(f) + 1) // 2, (len(f) - 2) // 2)
@@ -93,8 +108,9 @@ def images(state, z, label=None, truncation=1.0, noise=True):
 
 
 def random_state(
-    channels=(6, 5, 4), z=7, w=5, layers=2, classes=0, image_channels=3, taps=(1, 3, 3, 1), base=4, noise=True, seed=0
-):
+    channels=(6, 5, 4), z=7, w=5, layers=2, classes=0, image_channels=3, taps=(1, 3, 3, 1), base=4, noise=True, seed=0,
+    architecture="skip",
+):  # fmt: skip
     """A random generator: names of NVIDIA's layout -> float32 tensors."""
     g = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
@@ -135,6 +151,12 @@ def random_state(
         fc(f"{block}.torgb.affine", o, w, bias=1.0)
         state[f"{block}.torgb.weight"] = rand(image_channels, o, 1, 1) / 5
         state[f"{block}.torgb.bias"] = rand(image_channels) / 9
+        if level and architecture == "resnet":
+            state[f"{block}.skip.weight"] = rand(o, channels[level - 1], 1, 1)
+            state[f"{block}.skip.resample_filter"] = f.clone()
+    if architecture != "skip":
+        last = f"synthesis.b{base * 2 ** (len(channels) - 1)}."
+        state = {name: t for name, t in state.items() if ".torgb." not in name or name.startswith(last)}
     return state
 
 
@@ -168,7 +190,7 @@ def module(class_name, source, parameters=None, buffers=None, modules=None, **at
     return Persistent(class_name, state, source)
 
 
-_CLASSES = {"mapping": "MappingNetwork", "synthesis": "SynthesisNetwork", "torgb": "ToRGBLayer"}
+_CLASSES = {"mapping": "MappingNetwork", "synthesis": "SynthesisNetwork", "torgb": "ToRGBLayer", "skip": "Conv2dLayer"}
 _BUFFERS = ("resample_filter", "noise_const", "w_avg")
 
 
@@ -230,7 +252,9 @@ def tensorflow_variables(state):
             if layer == "const":
                 variables[f"{block}/Const/const"] = array[None]
                 continue
-            theirs = {"conv0": "Conv0_up", "conv1": "Conv1" if size > 4 else "Conv", "torgb": "ToRGB"}[layer]
+            theirs = {"conv0": "Conv0_up", "conv1": "Conv1" if size > 4 else "Conv", "torgb": "ToRGB", "skip": "Skip"}[
+                layer
+            ]
             if parts[3] == "noise_const":
                 variables[f"synthesis/noise{noise}"] = array[None, None]
                 noise += 1

@@ -21,3 +21,9 @@ def bits(generator) -> dict:
 def same_bits(generator, kept: dict) -> bool:
     state = generator.state_dict()
     return all(state[name].numpy().tobytes() == tensor.numpy().tobytes() for name, tensor in kept.items())
+
+
+def settled(session):
+    """The generator of an interface's session once nothing is left to do: a preview applies a patch to render."""
+    assert session.settle()
+    return session.model.generator

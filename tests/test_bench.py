@@ -23,7 +23,16 @@ projection = [
   { shape = [8, 8, 3, 3], rank = 2, kind = "with Adam" },
   { shape = [8, 8, 3, 3], rank = 2, kind = "Adam alone", layers = 2 },
 ]
+convolution = [
+  { in = 16, out = 16, side = 4, kind = "plain" },
+  { in = 16, out = 16, side = 4, kind = "nearest" },
+  { in = 16, out = 16, side = 4, kind = "transposed" },
+]
 insertion = [{ channels = 8, rank = 1, targets = 2, height = 4, width = 5, steps = 8, sample = 4 }]
+rendering = [
+  { generator = "stylegan2", channels = [16, 8], images = 2 },
+  { generator = "progan", channels = [16, 8], images = 2 },
+]
 """
 WITHOUT_COMPILER = "import torch; torch.compile = lambda function: function\n"
 
@@ -51,9 +60,10 @@ def report(tmp_path):
 def test_report(report):
     status, out, rows = report()
     assert status == 0, out
-    assert {row["kernel"] for row in rows} == {"second_moment", "projection", "insertion"}
+    kernels = {"second_moment", "projection", "insertion", "convolution", "rendering"}
+    assert {row["kernel"] for row in rows} == kernels
     ours = [row for row in rows if row["way"] == "pyrewrite"]
-    assert len(ours) == 6
+    assert len(ours) == 11
     for row in ours:
         assert row["ratio"] == 1
         assert row["seconds"] > 0

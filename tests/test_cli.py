@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import nvidia_reference as nvidia
@@ -54,7 +55,7 @@ def test_help_is_fast_and_does_not_import_torch():
     start = time.perf_counter()
     out = subprocess.run([sys.executable, "-m", "pyrewrite.cli", "--help"], check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - start
-    for command in ("demo", "info", "convert", "stats", "solve", "apply", "sample", "evaluate"):
+    for command in ("demo", "info", "convert", "stats", "solve", "apply", "sample", "evaluate", "ui"):
         assert command in out.stdout
     assert seconds < 3  # 0.3 s on an idle machine; this bound only catches an import of torch
 
@@ -92,6 +93,22 @@ def test_class_labels(run, tmp_path):
         text = run("stats", tmp_path / name, "layer4", "--samples", 2, "--label", label, fails=True)
         assert "label is a class number from 0 to 2" in text
     assert "no class labels" in run("stats", "peeps-progan", "layer4", "--label", 1, fails=True)
+
+
+def test_solve_follows_the_records_pictures(run, tmp_path):
+    state = nvidia.random_state(classes=3, channels=(8, 8, 8))
+    (tmp_path / "network.pkl").write_bytes(nvidia.dumps({"G_ema": nvidia.network(state, "")}))
+    url = mask_url(16, 2, 2, 12, 12)
+    images = {"label": 2, "noise": "none"}
+    edit = Edit(Selection(0, url), Selection(1, url), [Selection(2, url)], layer="layer4", images=images)
+    edit.save(tmp_path / "edit.json")
+    command = ("solve", tmp_path / "network.pkl", tmp_path / "edit.json", "--out", tmp_path / "x.safetensors", "--json")
+    options = ("--samples", 6, "--rank", 1, "--steps", 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing in a random network is an object
+        settings = json.loads(run(*command, *options))["settings"]
+    assert (settings["label"], settings["noise"]) == (2, "none")
+    assert "made with label 2, noise none" in run(*command, *options, "--label", 1, fails=True)
 
 
 def test_convert(run, tmp_path):
@@ -207,3 +224,22 @@ def test_parse_numbers(text, numbers):
 def test_parse_numbers_refuses(text):
     with pytest.raises(ValueError, match="image numbers"):
         parse_numbers(text)
+
+
+# ------------------------------------------------------------------------------------------------- the interface
+
+
+def test_the_interface_without_its_packages_says_what_to_install(run, monkeypatch):
+    for name in [n for n in sys.modules if n.startswith(("pyrewrite.interface.page", "pyrewrite.interface.widget"))]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("tornado", "tornado.httpserver", "anywidget"):
+        monkeypatch.setitem(sys.modules, name, None)
+    said = run("ui", "peeps", fails=True)
+    assert "pip install 'pyrewrite[ui]'" in said
+    assert "Traceback" not in said
+    import pyrewrite.interface
+
+    with pytest.raises(ModuleNotFoundError, match=r"RewriteApp needs anywidget: pip install 'pyrewrite\[ui\]'"):
+        pyrewrite.interface.RewriteApp  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'Page'"):
+        pyrewrite.interface.Page  # noqa: B018

@@ -114,3 +114,34 @@ def test_unknown_preset_and_setting():
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         Edit.load(tmp_path / "none.json")
+
+
+def test_what_decides_the_pictures_is_kept_where_it_is_not_the_default(tmp_path):
+    images = {"label": 3, "noise": "none", "truncation_layers": 8}
+    Edit(images=images, context=[Selection(1, "x")]).save(tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text())["pyrewrite"]["images"] == images
+    assert Edit.load(tmp_path / "x.json").images == images
+    assert "images" not in Edit(images={}, context=[Selection(1, "x")]).to_dict()["pyrewrite"]
+    assert Edit.from_dict({"key": []}).images is None  # an official record does not say
+    assert Edit.from_dict({"key": [], "pyrewrite": {"settings": {"rank": 3}}}).images is None
+    assert Edit.from_dict({"key": [], "pyrewrite": {"settings": {"truncation": 0.5}}}).images == {}  # the defaults
+
+
+@pytest.mark.parametrize(
+    ("images", "named"),
+    [
+        ([1], "'pyrewrite.images' is list"),
+        ({"labels": 1}, "unknown 'labels'; expected label, noise, truncation_layers"),
+        ({"label": -1}, "'pyrewrite.images.label' is -1"),
+        ({"label": True}, "images.label' is True"),
+        ({"label": 1.0}, "images.label' is 1.0"),
+        ({"noise": "random"}, "edits need the same pictures each time"),
+        ({"noise": []}, "images.noise' is []"),
+        ({"truncation_layers": "8"}, "truncation_layers' is '8'"),
+    ],
+)
+def test_what_decides_the_pictures_is_checked(images, named):
+    with pytest.raises(EditError) as error:
+        Edit.from_dict({"key": [], "pyrewrite": {"images": images}}, source="x.json")
+    assert named in str(error.value)
+    assert "x.json" in str(error.value)

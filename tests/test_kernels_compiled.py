@@ -45,6 +45,7 @@ EXPECTED = [
     (r"cluster_kernel", [r"HMMA\.16816\.F32", r"LDSM\..*"]),
     (r"resident_kernel", [r"FFMA", r"LDS\.128"]),
     (r"general_kernel", [r"FFMA"]),
+    (r"cluster_maps_kernel", [r"LDG\.E.*"]),
     (r"loss_kernel|schedule_kernel", []),
 ]
 # Copies element by element keep a few addresses in local memory, outside the products; ptxas calls none of it a spill.

@@ -53,6 +53,13 @@ Status cuda_status(cudaError_t error, const char* what, int device) {
                        cudaGetErrorString(error));
 }
 
+Status waited_for(const Status& launched, cudaStream_t stream, const char* what, int device) {
+  const cudaError_t error = cudaStreamSynchronize(stream);
+  if (launched.ok()) return cuda_status(error, what, device);
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return launched;
+}
+
 DeviceGuard::DeviceGuard(int device) {
   error_ = cudaGetDevice(&previous_);
   if (error_ == cudaSuccess && previous_ != device) {

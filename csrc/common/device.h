@@ -35,6 +35,10 @@ CudaReport cuda_report();
 // What failed and why; where this binary holds no code for the GPU, names both.
 Status cuda_status(cudaError_t error, const char* what, int device);
 
+// Waits for the stream, whatever became of the launches before: when it returns, nothing of them runs any more, so that
+// memory may be freed. The status of the launches, or, where they were fine, that of waiting.
+Status waited_for(const Status& launched, cudaStream_t stream, const char* what, int device);
+
 // Makes `device` current for its lifetime, then the caller's again.
 class DeviceGuard {
  public:

@@ -4,6 +4,7 @@
 // through the tensor cores. Then each block collects the gradient of four of the channels from the others, takes Adam's
 // step for them and sends the new Lambda to all. Clusters never wait for one another.
 #include <cooperative_groups.h>
+#include <cuda_pipeline.h>
 
 #include "insertion/cluster_layout.h"
 #include "insertion/mma.h"
@@ -23,6 +24,7 @@ __device__ __forceinline__ float quad_sum(float x) {
 
 struct Worker {
   const InsertionProblem& p;
+  const InsertionArrays& edit;
   const ClusterLayout& at;
   const Share& share;
   char* shared;
@@ -41,14 +43,9 @@ struct Worker {
   }
   // Channel of row `row` (0 ... 3) that this lane holds of a product: tiles of 16, halves of 8.
   __device__ int channel_of(int row) const { return row / 2 * 16 + row % 2 * 8 + lane / 4; }
-  // Number of padded key kk in a row of the problem's Lambda; -1: padding.
-  __device__ int key_of(int kk) const {
-    const int tap = kk / rank, d = kk % rank;
-    return d < p.rank ? d * p.taps + (p.flipped ? p.taps - 1 - tap : tap) : -1;
-  }
   // Of a window's tap in the segment's map, in bytes.
   __device__ int tap_offset(const Segment& s, int tap) const {
-    return (tap / p.kernel_width * (p.widths[s.target] + p.kernel_width - 1) + tap % p.kernel_width) * at.position;
+    return (tap / p.kernel_width * map_width(p, s.target) + tap % p.kernel_width) * at.position;
   }
   // The largest |x| of the block, in all threads.
   __device__ float largest(float x) const {
@@ -63,15 +60,6 @@ struct Worker {
 
   // -- before the first step ------------------------------------------------------------------------------------------
 
-  __device__ float map_value(const Segment& s, int d, int n) const {
-    const int w = p.widths[s.target], width = w + p.kernel_width - 1;
-    const int i = s.row + n / width, j = n % width;
-    // Map pixel (i, j) is the key of tap (ty, tx) at pixel (i - ty, j - tx), for any tap that lands inside.
-    const int ty = max(0, i - (p.heights[s.target] - 1)), tx = max(0, j - (w - 1));
-    const int key = key_of((ty * p.kernel_width + tx) * rank + d);
-    return p.keys[std::int64_t(key) * p.pixels + p.starts[s.target] + (i - ty) * w + j - tx];
-  }
-
   __device__ void put(std::int64_t row, int d, float scaled) const {
     const Split value = split(scaled);
     __half* to = reinterpret_cast<__half*>(shared + row);
@@ -79,41 +67,55 @@ struct Worker {
     to[rank + d] = value.lo;
   }
 
-  __device__ void load_maps() {
-    float most = 0.f, heaviest = 0.f;
+  // First row of the map that the piece of segment s from group `group` on reads.
+  __device__ int first_row(const Segment& s, int group) const {
+    return (s.begin + group * T::kGroup) / p.widths[s.target];
+  }
+
+  // Where each pixel's window begins in shared memory, in bytes.
+  __device__ void load_places() const {
     for (int n = 0; n < share.count; ++n) {
       const Segment& s = share.segments[n];
-      const int positions = s.rows * (p.widths[s.target] + p.kernel_width - 1);
-      for (int i = threadIdx.x; i < p.rank * positions; i += T::kThreads)
-        most = fmaxf(most, fabsf(map_value(s, i / positions, i % positions)));
-      for (int u = s.begin + threadIdx.x; u < s.end; u += T::kThreads)
-        heaviest = fmaxf(heaviest, p.weight[p.starts[s.target] + u]);
-    }
-    map_scale = half_scale(largest(most));
-    by_scale = half_scale(largest(heaviest) / p.channels * fmaxf(p.up, p.down));
-    for (int n = 0; n < share.count; ++n) {
-      const Segment& s = share.segments[n];
-      const int width = p.widths[s.target], positions = s.rows * (width + p.kernel_width - 1);
-      for (int i = threadIdx.x; i < rank * positions; i += T::kThreads) {
-        const int d = i / positions, position = i % positions;
-        put(at.map + std::int64_t(s.map + position) * at.position, d,
-            d < p.rank ? map_value(s, d, position) * map_scale : 0.f);
-      }
-      const int padded = groups_of(s.end - s.begin) * T::kGroup;
-      for (int i = threadIdx.x; i < padded; i += T::kThreads) {
+      const int w = p.widths[s.target], start = at.room > 0 ? 0 : s.map;
+      for (int i = threadIdx.x; i < groups_of(s.end - s.begin) * T::kGroup; i += T::kThreads) {
         const int u = min(s.begin + i, s.end - 1);  // past the end: read anything, count nothing
+        const int row = first_row(s, i / T::kGroup / s.piece * s.piece);
         reinterpret_cast<int*>(shared + at.places)[s.pixel + i] =
-            (s.map + (u / width - s.row) * (width + p.kernel_width - 1) + u % width) * at.position;
+            (start + (u / w - row) * map_width(p, s.target) + u % w) * at.position;
       }
     }
   }
 
+  // Starts to copy `bytes` of this block's maps in scratch to shared memory.
+  __device__ void copy_maps(std::int64_t from, std::int64_t to, int bytes) const {
+    const char* maps = reinterpret_cast<const char*>(edit.scratch + scratch_map(at, block)) + from;
+    for (int i = threadIdx.x * 16; i < bytes; i += T::kThreads * 16)
+      __pipeline_memcpy_async(shared + at.map + to + i, maps + i, 16);
+    __pipeline_commit();
+  }
+
+  // The map of the piece of segment n from group `group` on.
+  __device__ void copy_piece(int n, int group) const {
+    const Segment& s = share.segments[n];
+    const int end = min(s.begin + (group + s.piece) * T::kGroup, s.end), width = map_width(p, s.target);
+    const int row = first_row(s, group), rows = (end - 1) / p.widths[s.target] - row + p.kernel_height;
+    copy_maps((std::int64_t(s.map) + (row - s.row) * width) * at.position, 0, rows * width * at.position);
+  }
+
+  // All maps, where they stay; else the first piece.
+  __device__ void start_maps() const {
+    if (at.room == 0)
+      copy_maps(0, 0, share.positions * at.position);
+    else if (share.count > 0)
+      copy_piece(0, 0);
+  }
+
   __device__ void load_demodulation(float* scales) const {
-    if (p.energy == nullptr) return;
+    if (!p.demodulate) return;
     const int k = p.rank * p.taps;
     for (int n = 0; n < share.count; ++n) {
       const int b = share.segments[n].target;
-      const float* gram = p.gram + std::int64_t(b) * p.rank * p.rank;
+      const float* gram = edit.gram + std::int64_t(b) * p.rank * p.rank;
       float most = 0.f;
       for (int i = threadIdx.x; i < p.rank * p.rank; i += T::kThreads) most = fmaxf(most, fabsf(gram[i]));
       const float scale = half_scale(largest(most));
@@ -124,9 +126,9 @@ struct Worker {
             e < p.rank && d < p.rank ? gram[e * p.rank + d] * scale : 0.f);
       }
       for (int i = threadIdx.x; i < T::kChannels * at.keys; i += T::kThreads) {
-        const int c = i / at.keys, key = key_of(i % at.keys);
+        const int c = i / at.keys, key = key_of(p, i % at.keys);
         cross[std::int64_t(n) * T::kChannels * at.keys + i] =
-            key >= 0 && first + c < p.channels ? p.cross[(std::int64_t(b) * p.channels + first + c) * k + key] : 0.f;
+            key >= 0 && first + c < p.channels ? edit.cross[(std::int64_t(b) * p.channels + first + c) * k + key] : 0.f;
       }
     }
   }
@@ -140,7 +142,7 @@ struct Worker {
   template <class F>
   __device__ void for_state(F f) const {
     for (int i = threadIdx.x; i < T::kOwned * at.keys; i += T::kThreads) {
-      const int c = i / at.keys, kk = i % at.keys, key = key_of(kk);
+      const int c = i / at.keys, kk = i % at.keys, key = key_of(p, kk);
       const int channel = first + block * T::kOwned + c;
       if (key >= 0 && channel < p.channels) f(std::int64_t(channel) * p.rank * p.taps + key, c, kk);
     }
@@ -151,17 +153,17 @@ struct Worker {
     if (threadIdx.x < T::kChannels) floats(at.demod)[threadIdx.x] = 1.f;
     __syncthreads();
     for_state([&](std::int64_t from, int c, int kk) {
-      own(0, c, kk) = p.lambda[from];
-      own(1, c, kk) = p.exp_avg[from];
-      own(2, c, kk) = p.exp_avg_sq[from];
+      own(0, c, kk) = edit.lambda[from];
+      own(1, c, kk) = edit.exp_avg[from];
+      own(2, c, kk) = edit.exp_avg_sq[from];
     });
   }
 
   __device__ void store_state() const {
     for_state([&](std::int64_t to, int c, int kk) {
-      p.lambda[to] = own(0, c, kk);
-      p.exp_avg[to] = own(1, c, kk);
-      p.exp_avg_sq[to] = own(2, c, kk);
+      edit.lambda[to] = own(0, c, kk);
+      edit.exp_avg[to] = own(1, c, kk);
+      edit.exp_avg_sq[to] = own(2, c, kk);
     });
   }
 
@@ -181,26 +183,35 @@ struct Worker {
   template <class F>
   __device__ void for_products(int n, F f) const {
     const float inverse_gram = 1.f / gram_scale[n];
-    for (int tile = warp; tile < at.keys / 8; tile += T::kWarps) {
-      const int tap = tile * 8 / rank, e = tile * 8 % rank;
+    // 16 keys at a time: they are of one tap, and share what is read of Lambda.
+    for (int pair = warp; pair < at.keys / 16; pair += T::kWarps) {
+      const int tap = pair * 16 / rank, e = pair * 16 % rank;
       const unsigned row =
           address + at.gram + (n * rank + e + lane % 8) * at.position + lane / 16 * rank * 2 + lane / 8 % 2 * 16;
-      float acc[2][4] = {};
+      float acc[2][2][4] = {};
       for (int d = 0; d < rank; d += 16) {
-        unsigned hi[2][4], lo[2][4], b[4];
+        unsigned hi[2][4], lo[2][4];
         load_lambda(tap * rank + d, hi, lo);
-        load_matrices(b, row + d * 2);
 #pragma unroll
-        for (int m = 0; m < 2; ++m) multiply_split(acc[m], hi[m], lo[m], b);
+        for (int tile = 0; tile < 2; ++tile) {
+          unsigned b[4];
+          load_matrices(b, row + tile * 8 * at.position + d * 2);
+#pragma unroll
+          for (int m = 0; m < 2; ++m) multiply_split(acc[tile][m], hi[m], lo[m], b);
+        }
       }
-      const int kk = tile * 8 + lane % 4 * 2;
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int c = channel_of(r);
-        const float scale = floats(at.inverse)[c] * inverse_gram;
-        const float2 crosses =
-            *reinterpret_cast<const float2*>(cross + (std::int64_t(n) * T::kChannels + c) * at.keys + kk);
-        f(r, kk, make_float2(acc[r / 2][r % 2 * 2] * scale, acc[r / 2][r % 2 * 2 + 1] * scale), crosses);
+      for (int tile = 0; tile < 2; ++tile) {
+        const int kk = pair * 16 + tile * 8 + lane % 4 * 2;
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int c = channel_of(r);
+          const float scale = floats(at.inverse)[c] * inverse_gram;
+          const float* product = acc[tile][r / 2] + r % 2 * 2;
+          const float2 crosses =
+              *reinterpret_cast<const float2*>(cross + (std::int64_t(n) * T::kChannels + c) * at.keys + kk);
+          f(r, kk, make_float2(product[0] * scale, product[1] * scale), crosses);
+        }
       }
     }
   }
@@ -228,7 +239,7 @@ struct Worker {
       float total = 0.f;
       for (int w = 0; w < T::kWarps; ++w) total += sum(0, w, c);
       const float energy =
-          first + c < p.channels ? p.energy[std::int64_t(share.segments[n].target) * p.channels + first + c] : 1.f;
+          first + c < p.channels ? edit.energy[std::int64_t(share.segments[n].target) * p.channels + first + c] : 1.f;
       floats(at.demod)[c] = 1.f / sqrtf(energy + total);
     }
     __syncthreads();
@@ -254,8 +265,8 @@ struct Worker {
         const int c = first + i / 4 * 16 + i % 4 / 2 * 8 + lane / 4;
         const int u = min(s.begin + chunk + pixel[tile] + lane % 4 * 2 + i % 2, s.end - 1);
         const std::int64_t from = std::int64_t(c) * p.pixels + start + u;
-        base[tile][i / 4][i % 4] = c < p.channels ? p.base[from] : 0.f;
-        goal[tile][i / 4][i % 4] = c < p.channels ? p.goal[from] : 0.f;
+        base[tile][i / 4][i % 4] = c < p.channels ? edit.base[from] : 0.f;
+        goal[tile][i / 4][i % 4] = c < p.channels ? edit.goal[from] : 0.f;
       }
     }
     for (int tap = 0; tap < p.taps; ++tap) {
@@ -277,7 +288,7 @@ struct Worker {
     for (int r = 0; r < 4; ++r) {
       const int c = channel_of(r);
       demod[r] = floats(at.demod)[c];
-      bias[r] = first + c < p.channels ? p.bias[first + c] : 0.f;
+      bias[r] = first + c < p.channels ? edit.bias[first + c] : 0.f;
       scale[r] = floats(at.inverse)[c] / map_scale;
     }
 #pragma unroll
@@ -286,8 +297,8 @@ struct Worker {
       float noise[2], weight[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        noise[i] = p.noise[start + min(u + i, s.end - 1)];
-        weight[i] = u + i < s.end ? p.weight[start + u + i] / p.channels : 0.f;
+        noise[i] = edit.noise[start + min(u + i, s.end - 1)];
+        weight[i] = u + i < s.end ? edit.weight[start + u + i] / p.channels : 0.f;
       }
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
@@ -308,14 +319,16 @@ struct Worker {
     }
   }
 
-  // gradient += demod dloss/dz keys^T over `groups` groups of pixels from `chunk` on. A key tile is one warp's.
-  __device__ void accumulate(const Segment& s, int chunk, int groups) const {
-    const int tiles = at.keys / 8;
-    const int each = min(T::kKeyTiles, (tiles + T::kWarps - 1) / T::kWarps);
+  // gradient += demod dloss/dz keys^T over `groups` groups of pixels from `chunk` on; `fresh`: = instead. A key tile is
+  // one warp's, and every warp has as many as another, or one less.
+  __device__ void accumulate(const Segment& s, int chunk, int groups, bool fresh) const {
+    const int tiles = at.keys / 8, rounds = (tiles + T::kWarps * T::kKeyTiles - 1) / (T::kWarps * T::kKeyTiles);
     const int* places = reinterpret_cast<const int*>(shared + at.places) + s.pixel + chunk + lane % 16;
     const float unscale = 1.f / (by_scale * map_scale);
-    for (int tile = warp * each; tile < tiles; tile += T::kWarps * each) {
-      const int count = min(each, tiles - tile);
+    for (int round = 0; round < rounds; ++round) {
+      const int begin = tiles * round / rounds, here = tiles * (round + 1) / rounds - begin;
+      const int count = here / T::kWarps + (warp < here % T::kWarps);
+      const int tile = begin + here / T::kWarps * warp + min(warp, here % T::kWarps);
       float acc[T::kKeyTiles][2][4] = {};
       int offset[T::kKeyTiles];
 #pragma unroll
@@ -349,7 +362,9 @@ struct Worker {
           const int c = channel_of(r);
           const float scale = floats(at.demod)[c] * unscale;
           float2* to = gradient_at(c, (tile + j) * 8 + lane % 4 * 2);
-          *to = make_float2(to->x + scale * acc[j][r / 2][r % 2 * 2], to->y + scale * acc[j][r / 2][r % 2 * 2 + 1]);
+          const float2 before = fresh ? make_float2(0.f, 0.f) : *to;
+          *to =
+              make_float2(before.x + scale * acc[j][r / 2][r % 2 * 2], before.y + scale * acc[j][r / 2][r % 2 * 2 + 1]);
         }
       }
     }
@@ -383,26 +398,42 @@ struct Worker {
 
   // This block's part of the gradient of all channels, and of the loss. Ends without a barrier.
   __device__ void run_pixels() const {
-    float4* zero = reinterpret_cast<float4*>(shared + at.gradient);
-    for (int i = threadIdx.x; i < T::kChannels * at.gradient_row / 4; i += T::kThreads)
-      zero[i] = make_float4(0, 0, 0, 0);
+    if (share.count == 0) {
+      float4* zero = reinterpret_cast<float4*>(shared + at.gradient);
+      for (int i = threadIdx.x; i < T::kChannels * at.gradient_row / 4; i += T::kThreads)
+        zero[i] = make_float4(0, 0, 0, 0);
+    }
     float loss[4] = {};
     for (int n = 0; n < share.count; ++n) {
       const Segment& s = share.segments[n];
       const int all = groups_of(s.end - s.begin);
       float by_demod[4] = {};
-      if (p.energy != nullptr) demodulate(n);
-      for (int group = 0; group < all; group += T::kChunkGroups) {
-        const int groups = min(T::kChunkGroups, all - group), chunk = group * T::kGroup;
-        if (warp + T::kWarps < groups)
-          forward<2>(s, chunk, warp, by_demod, loss);
-        else if (warp < groups)
-          forward<1>(s, chunk, warp, by_demod, loss);
-        __syncthreads();  // dloss / dz is whole
-        accumulate(s, chunk, groups);
-        __syncthreads();  // dloss / dz is used up, the gradient whole
+      if (p.demodulate) demodulate(n);
+      for (int piece = 0; piece < all; piece += s.piece) {
+        const int end = min(piece + s.piece, all);
+        if (at.room > 0) {
+          __pipeline_wait_prior(0);
+          __syncthreads();  // the piece's map is whole
+        }
+        for (int group = piece; group < end; group += T::kChunkGroups) {
+          const int groups = min(T::kChunkGroups, end - group), chunk = group * T::kGroup;
+          if (warp + T::kWarps < groups)
+            forward<2>(s, chunk, warp, by_demod, loss);
+          else if (warp < groups)
+            forward<1>(s, chunk, warp, by_demod, loss);
+          __syncthreads();  // dloss / dz is whole
+          accumulate(s, chunk, groups, n == 0 && group == 0);
+          __syncthreads();  // dloss / dz and the map are used up, the gradient whole
+        }
+        // The next one comes while the segment ends, the next begins or Adam runs.
+        if (at.room > 0) {
+          if (end < all)
+            copy_piece(n, end);
+          else
+            copy_piece((n + 1) % share.count, 0);
+        }
       }
-      if (p.energy != nullptr) finish_segment(n, by_demod);
+      if (p.demodulate) finish_segment(n, by_demod);
     }
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -428,7 +459,7 @@ struct Worker {
   __device__ void collect(const cg::cluster_group& cluster) const {
     const int c = threadIdx.x / kShare, row = block * T::kOwned + c, channel = first + row;
     const float scale =
-        p.penalty_scale != nullptr && channel < p.channels ? p.penalty_scale[channel] * (2.f / p.channels) : 0.f;
+        edit.penalty_scale != nullptr && channel < p.channels ? edit.penalty_scale[channel] * (2.f / p.channels) : 0.f;
     for (int kk = threadIdx.x % kShare * 4; kk < at.keys; kk += kShare * 4) {
       float4* mine = reinterpret_cast<float4*>(floats(at.gradient) + row * at.gradient_row + kk);
       float total[4] = {};
@@ -437,7 +468,7 @@ struct Worker {
         for (int e = 0; e < p.rank; ++e)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            if (d + i < p.rank) total[i] += p.penalty_matrix[(d + i) * p.rank + e] * own(0, c, tap * rank + e);
+            if (d + i < p.rank) total[i] += edit.penalty_matrix[(d + i) * p.rank + e] * own(0, c, tap * rank + e);
 #pragma unroll
         for (int i = 0; i < 4; ++i) total[i] *= scale;
       }
@@ -497,25 +528,29 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   __shared__ float gram_scale[T::kMostSegments];
   const cg::cluster_group cluster = cg::this_cluster();
   const int block = cluster.block_rank(), rank = padded_rank(p.rank);
-  if (threadIdx.x == 0) share_of(p, block, share);
+  if (threadIdx.x == 0) share_of(p, block, at.room, share);
   __syncthreads();
+  const InsertionArrays& edit = p.edits[blockIdx.y];
   Worker worker = {p,
+                   edit,
                    at,
                    share,
                    shared,
                    static_cast<unsigned>(__cvta_generic_to_shared(shared)),
-                   p.scratch + std::int64_t(blockIdx.x) * p.segments * T::kChannels * at.keys,
+                   edit.scratch + scratch_cross(at, p, blockIdx.x),
                    gram_scale,
                    static_cast<int>(blockIdx.x) / T::kBlocks * T::kChannels,
                    block,
                    rank,
                    static_cast<int>(threadIdx.x) / 32,
                    static_cast<int>(threadIdx.x) % 32,
-                   1.f,
-                   1.f};
-  worker.load_maps();
+                   edit.scratch[2 * block],
+                   edit.scratch[2 * block + 1]};
+  worker.start_maps();
+  worker.load_places();
   worker.load_demodulation(gram_scale);
   worker.load_state();
+  if (at.room == 0) __pipeline_wait_prior(0);
   __syncthreads();
   cluster.sync();  // all blocks have started: their shared memory may be written
   worker.publish(cluster);
@@ -523,7 +558,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   for (int step = 0; step < p.count; ++step) {
     worker.run_pixels();
     cluster.sync();  // every block's gradient is whole, Lambda is used up
-    worker.store_loss(p.block_losses + std::int64_t(blockIdx.x) * p.count + step);
+    worker.store_loss(edit.block_losses + std::int64_t(blockIdx.x) * p.count + step);
     worker.collect(cluster);
     __syncthreads();  // the own channels' Lambda has been read for the penalty
     worker.update(p.schedule[step]);
@@ -531,43 +566,14 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     worker.publish(cluster);
     cluster.sync();  // Lambda is whole, the gradients are used up
   }
+  if (at.room > 0) __pipeline_wait_prior(0);  // no copy outlives the block
   worker.store_state();
 #endif
 }
 
-// The layout with each part at the size of the largest block's, so that all blocks have the same offsets; `size` is 0
-// where the problem does not take this form.
-ClusterLayout common_layout(const InsertionProblem& p, int* segments) {
-  int positions = 0, pixels = 0;
-  *segments = 0;
-  for (int block = 0; block < T::kBlocks; ++block) {
-    Share share;
-    share_of(p, block, share);
-    if (share.count < 0) return {};
-    *segments = share.count > *segments ? share.count : *segments;
-    positions = share.positions > positions ? share.positions : positions;
-    pixels = share.pixels > pixels ? share.pixels : pixels;
-  }
-  return cluster_layout(p, positions, *segments, pixels);
-}
-
 }  // namespace
 
-// A GPU with clusters, a rank up to 64, and maps that fit eight blocks' shared memory.
-InsertionPlan plan_cluster(const InsertionProblem& p, const InsertionDevice& device) {
-  InsertionPlan plan{};
-  if (device.major < 9 || p.rank > T::kMostRank) return plan;
-  const ClusterLayout at = common_layout(p, &plan.segments);
-  const std::int64_t fixed = sizeof(Share) + sizeof(float) * T::kMostSegments + 128;  // declared in the kernel
-  if (at.size == 0 || at.size + fixed > device.shared_bytes) return plan;
-  plan.blocks = plan.loss_rows = (p.channels + T::kChannels - 1) / T::kChannels * T::kBlocks;
-  plan.channels_per_block = T::kChannels;
-  plan.shared_bytes = static_cast<int>(at.size);
-  if (p.energy != nullptr) plan.scratch_floats = std::int64_t(plan.blocks) * plan.segments * T::kChannels * at.keys;
-  return plan;
-}
-
-cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream) {
+cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(cluster_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
   if (error != cudaSuccess) return error;
@@ -576,14 +582,16 @@ cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan,
   shape.val.clusterDim.x = T::kBlocks;
   shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = plan.blocks;
+  config.gridDim = dim3(plan.blocks, edits);
   config.blockDim = T::kThreads;
   config.dynamicSmemBytes = plan.shared_bytes;
   config.stream = stream;
   config.attrs = &shape;
   config.numAttrs = 1;
   int segments = 0;
-  const ClusterLayout at = common_layout(p, &segments);
+  const ClusterLayout at = common_layout(p, plan.shared_bytes, &segments);
+  const cudaError_t packed = launch_cluster_maps(p, at, edits, stream);
+  if (packed != cudaSuccess) return packed;
   return cudaLaunchKernelEx(&config, cluster_kernel, p, at);
 }
 

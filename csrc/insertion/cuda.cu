@@ -1,4 +1,8 @@
 // The insertion on a GPU: checks, the choice of the regime, scratch memory, and the losses' last sum.
+#include <cstddef>
+#include <cstring>
+#include <vector>
+
 #include "insertion/kernels.h"
 
 namespace pyrewrite {
@@ -24,34 +28,14 @@ __global__ void schedule_kernel(double lr, double beta1, double beta2, double ep
 }
 
 // losses[i] = the sum over the rows, in their order.
-__global__ void loss_kernel(const double* block_losses, int rows, int count, double* losses) {
+__global__ void loss_kernel(const __grid_constant__ InsertionProblem p, int rows) {
+  const InsertionArrays& edit = p.edits[blockIdx.y];
   const int i = blockIdx.x * kThreads + threadIdx.x;
-  if (i >= count) return;
+  if (i >= p.count) return;
   double sum = 0;
-  for (int row = 0; row < rows; ++row) sum += block_losses[std::int64_t(row) * count + i];
-  losses[i] = sum;
+  for (int row = 0; row < rows; ++row) sum += edit.block_losses[std::int64_t(row) * p.count + i];
+  edit.losses[i] = sum;
 }
-
-// Device memory that lives as long as the work on the stream needs it.
-class Scratch {
- public:
-  Scratch(std::size_t bytes, cudaStream_t stream) : stream_(stream) {
-    error_ = cudaMallocAsync(&data_, bytes, stream);
-    if (error_ != cudaSuccess) data_ = nullptr;
-  }
-  ~Scratch() {
-    if (data_ != nullptr) (void)cudaFreeAsync(data_, stream_);
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  char* data() const { return static_cast<char*>(data_); }
-  cudaError_t error() const { return error_; }
-
- private:
-  void* data_ = nullptr;
-  cudaStream_t stream_;
-  cudaError_t error_;
-};
 
 Status check(const InsertionParams& p) {
   if (p.channels <= 0 || p.rank <= 0 || p.taps <= 0 || p.targets <= 0 || p.pixels <= 0)
@@ -83,6 +67,12 @@ Status check(const InsertionParams& p) {
   return {};
 }
 
+InsertionArrays arrays_of(const InsertionParams& p) {
+  return {p.base,          p.keys,           p.goal,   p.noise,   p.weight,     p.bias,   p.energy, p.cross, p.gram,
+          p.penalty_scale, p.penalty_matrix, p.lambda, p.exp_avg, p.exp_avg_sq, p.losses, nullptr,  nullptr};
+}
+
+// The problem without edits.
 InsertionProblem problem_of(const InsertionParams& p) {
   InsertionProblem q{};
   q.channels = p.channels;
@@ -90,33 +80,25 @@ InsertionProblem problem_of(const InsertionParams& p) {
   q.taps = p.taps;
   q.targets = p.targets;
   q.pixels = static_cast<int>(p.pixels);
-  q.count = p.count;
   q.kernel_height = p.kernel_height;
   q.kernel_width = p.kernel_width;
   q.flipped = p.flipped;
+  q.demodulate = p.energy != nullptr;
+  q.up = p.gain;
+  q.down = p.gain * p.negative_slope;
   for (int b = 0; b < p.targets; ++b) {
     q.starts[b] = static_cast<int>(p.starts[b]);
     q.heights[b] = p.shapes[2 * b];
     q.widths[b] = p.shapes[2 * b + 1];
   }
   q.starts[p.targets] = q.pixels;
-  q.base = p.base;
-  q.keys = p.keys;
-  q.goal = p.goal;
-  q.noise = p.noise;
-  q.weight = p.weight;
-  q.bias = p.bias;
-  q.energy = p.energy;
-  q.cross = p.cross;
-  q.gram = p.gram;
-  q.penalty_scale = p.penalty_scale;
-  q.penalty_matrix = p.penalty_matrix;
-  q.up = p.gain;
-  q.down = p.gain * p.negative_slope;
-  q.lambda = p.lambda;
-  q.exp_avg = p.exp_avg;
-  q.exp_avg_sq = p.exp_avg_sq;
+  q.count = p.count;
+  q.first = p.first;
   return q;
+}
+
+bool same_shape(const InsertionProblem& p, const InsertionProblem& q) {
+  return std::memcmp(&p, &q, offsetof(InsertionProblem, count)) == 0;
 }
 
 cudaError_t describe(int device, InsertionDevice* found) {
@@ -130,11 +112,11 @@ cudaError_t describe(int device, InsertionDevice* found) {
 
 struct Choice {
   InsertionPlan plan;
-  cudaError_t (*launch)(const InsertionProblem&, const InsertionPlan&, cudaStream_t);
+  cudaError_t (*launch)(const InsertionProblem&, const InsertionPlan&, int edits, cudaStream_t);
 };
 
 // The rule: the kernel for one small target with few directions where it takes the problem; else that of clusters where
-// the GPU has them and it takes the problem; else the general one.
+// the GPU has them and it takes the problem; else the general one. It looks at the shape of an edit alone.
 Choice choose(const InsertionProblem& p, const InsertionDevice& device) {
   InsertionPlan plan = plan_resident(p, device);
   if (plan.blocks > 0) return {plan, launch_resident};
@@ -143,46 +125,102 @@ Choice choose(const InsertionProblem& p, const InsertionDevice& device) {
   return {plan_general(p, device), launch_general};
 }
 
+// One launch: edits of one shape.
+struct Group {
+  InsertionProblem problem;
+  Choice choice;
+  int edits = 0;
+
+  std::size_t loss_bytes() const { return sizeof(double) * choice.plan.loss_rows * problem.count; }
+  std::size_t scratch_bytes() const { return aligned(sizeof(float) * choice.plan.scratch_floats); }
+  // Groups follow one another on the stream, so they share their scratch.
+  std::size_t bytes() const { return edits * scratch_bytes() + aligned(edits * loss_bytes()); }
+  static std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+  void place(char* scratch) {
+    problem.segments = choice.plan.segments;
+    for (int n = 0; n < edits; ++n) {
+      problem.edits[n].scratch = reinterpret_cast<float*>(scratch + n * scratch_bytes());
+      problem.edits[n].block_losses = reinterpret_cast<double*>(scratch + edits * scratch_bytes() + n * loss_bytes());
+    }
+  }
+};
+
+std::size_t schedule_bytes(const InsertionParams& p) { return Group::aligned(sizeof(AdamStep) * p.count); }
+
+// Checks the edits and sorts them into launches.
+Status make_groups(const InsertionParams* edits, int count, int device, std::vector<Group>* groups) {
+  InsertionDevice found{};
+  const cudaError_t error = describe(device, &found);
+  if (error != cudaSuccess) return cuda_status(error, "asking for the device's sizes", device);
+  for (int n = 0; n < count; ++n) {
+    const InsertionParams& p = edits[n];
+    const Status checked = check(p);
+    if (!checked.ok()) return checked;
+    if (p.first != edits[0].first || p.count != edits[0].count || p.lr != edits[0].lr || p.beta1 != edits[0].beta1 ||
+        p.beta2 != edits[0].beta2 || p.eps != edits[0].eps)
+      return Status::error(Status::kInvalid, "insertion: edit %d has other steps or settings of Adam than edit 0", n);
+    const InsertionProblem problem = problem_of(p);
+    Group* group = nullptr;
+    for (Group& one : *groups)
+      if (one.edits < kMostEdits && same_shape(one.problem, problem)) group = &one;
+    if (group == nullptr) {
+      groups->push_back({problem, choose(problem, found)});
+      group = &groups->back();
+    }
+    if (group->choice.plan.blocks == 0)
+      return Status::error(Status::kUnsupported,
+                           "insertion: rank %d with %d taps needs more shared memory than the %d bytes of GPU %d; "
+                           "impl='torch' takes it",
+                           p.rank, p.taps, found.shared_bytes, device);
+    group->problem.edits[group->edits++] = arrays_of(p);
+  }
+  return {};
+}
+
+cudaError_t launch(const Group& group, cudaStream_t stream) {
+  const cudaError_t error = group.choice.launch(group.problem, group.choice.plan, group.edits, stream);
+  if (error != cudaSuccess) return error;
+  const dim3 blocks((group.problem.count + kThreads - 1) / kThreads, group.edits);
+  loss_kernel<<<blocks, kThreads, 0, stream>>>(group.problem, group.choice.plan.loss_rows);
+  return cudaGetLastError();
+}
+
 }  // namespace
 
-Status insertion_cuda(const InsertionParams& params, int device, std::uintptr_t stream_handle, bool wait) {
-  const Status checked = check(params);
-  if (!checked.ok() || params.count <= 0) return checked;
+Status insertion_workspace(const InsertionParams* edits, int count, int device, std::size_t* bytes) {
+  *bytes = 0;
+  std::vector<Group> groups;
+  const Status status = make_groups(edits, count, device, &groups);
+  if (!status.ok() || groups.empty()) return status;
+  for (const Group& group : groups)
+    if (group.bytes() > *bytes) *bytes = group.bytes();
+  *bytes += schedule_bytes(edits[0]);
+  return {};
+}
+
+Status insertion_cuda(const InsertionParams* edits, int count, void* workspace, int device,
+                      std::uintptr_t stream_handle, bool wait) {
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return cuda_status(guard.error(), "choosing the device", device);
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(stream_handle);
-  InsertionDevice found{};
-  cudaError_t error = describe(device, &found);
-  if (error != cudaSuccess) return cuda_status(error, "asking for the device's sizes", device);
-
-  InsertionProblem p = problem_of(params);
-  const Choice choice = choose(p, found);
-  const InsertionPlan& plan = choice.plan;
-  if (plan.blocks == 0)
-    return Status::error(Status::kUnsupported,
-                         "insertion: rank %d with %d taps needs more shared memory than the %d bytes of GPU %d; "
-                         "impl='torch' takes it",
-                         p.rank, p.taps, found.shared_bytes, device);
-  const std::size_t loss_bytes = sizeof(double) * plan.loss_rows * p.count;
-  const std::size_t own_bytes = sizeof(float) * plan.scratch_floats;
-  const Scratch scratch(own_bytes + loss_bytes + sizeof(AdamStep) * p.count, stream);
-  if (scratch.error() != cudaSuccess) return cuda_status(scratch.error(), "insertion's scratch memory", device);
-  p.scratch = reinterpret_cast<float*>(scratch.data());
-  p.segments = plan.segments;
-  p.block_losses = reinterpret_cast<double*>(scratch.data() + own_bytes);
-  AdamStep* schedule = reinterpret_cast<AdamStep*>(scratch.data() + own_bytes + loss_bytes);
-  p.schedule = schedule;
-  const int blocks = (p.count + kThreads - 1) / kThreads;
-  schedule_kernel<<<blocks, kThreads, 0, stream>>>(params.lr, params.beta1, params.beta2, params.eps, params.first,
-                                                   p.count, schedule);
-  error = cudaGetLastError();
-  if (error == cudaSuccess) error = choice.launch(p, plan, stream);
-  if (error == cudaSuccess) {
-    loss_kernel<<<blocks, kThreads, 0, stream>>>(p.block_losses, plan.loss_rows, p.count, params.losses);
-    error = cudaGetLastError();
+  std::vector<Group> groups;
+  // Everything is checked before the first launch, so that a refusal leaves all edits as they were.
+  const Status status = make_groups(edits, count, device, &groups);
+  if (!status.ok() || groups.empty() || edits[0].count <= 0) return status;
+  const InsertionParams& all = edits[0];
+  AdamStep* schedule = static_cast<AdamStep*>(workspace);
+  schedule_kernel<<<(all.count + kThreads - 1) / kThreads, kThreads, 0, stream>>>(all.lr, all.beta1, all.beta2, all.eps,
+                                                                                  all.first, all.count, schedule);
+  cudaError_t error = cudaGetLastError();
+  for (Group& group : groups) {
+    if (error != cudaSuccess) break;
+    group.problem.schedule = schedule;
+    group.place(static_cast<char*>(workspace) + schedule_bytes(all));
+    error = launch(group, stream);
   }
-  if (error == cudaSuccess && wait) error = cudaStreamSynchronize(stream);
-  return cuda_status(error, "insertion", device);
+  const Status launched = cuda_status(error, "insertion", device);
+  return wait ? waited_for(launched, stream, "insertion", device) : launched;
 }
 
 }  // namespace pyrewrite

@@ -45,6 +45,7 @@ __host__ __device__ inline Layout layout_of(int k, int pixels, int c, bool resid
 template <int C>
 struct Block {
   const InsertionProblem& p;
+  const InsertionArrays& edit;
   float* shared;
   Layout at;
   int first;  // channel
@@ -89,15 +90,15 @@ struct Block {
   __device__ void load(int k) const {
     for (int i = threadIdx.x; i < k * C; i += kThreads) {
       const int c = i / k, j = i % k;
-      row(at.lambda, j).v[c] = channel(p.lambda + j, k, c, 0.f);
-      row(at.mean, j).v[c] = channel(p.exp_avg + j, k, c, 0.f);
-      row(at.square, j).v[c] = channel(p.exp_avg_sq + j, k, c, 0.f);
+      row(at.lambda, j).v[c] = channel(edit.lambda + j, k, c, 0.f);
+      row(at.mean, j).v[c] = channel(edit.exp_avg + j, k, c, 0.f);
+      row(at.square, j).v[c] = channel(edit.exp_avg_sq + j, k, c, 0.f);
     }
     if (!resident) return;
     for (int c = 0; c < C; ++c)
       for (int u = threadIdx.x; u < p.pixels; u += kThreads) {
-        row(at.base, u).v[c] = channel(p.base + u, p.pixels, c, 0.f);
-        row(at.goal, u).v[c] = channel(p.goal + u, p.pixels, c, 0.f);
+        row(at.base, u).v[c] = channel(edit.base + u, p.pixels, c, 0.f);
+        row(at.goal, u).v[c] = channel(edit.goal + u, p.pixels, c, 0.f);
       }
   }
 
@@ -106,9 +107,9 @@ struct Block {
       const int c = i / k, j = i % k;
       if (!has(c)) continue;
       const std::int64_t to = std::int64_t(first + c) * k + j;
-      p.lambda[to] = row(at.lambda, j).v[c];
-      p.exp_avg[to] = row(at.mean, j).v[c];
-      p.exp_avg_sq[to] = row(at.square, j).v[c];
+      edit.lambda[to] = row(at.lambda, j).v[c];
+      edit.exp_avg[to] = row(at.mean, j).v[c];
+      edit.exp_avg_sq[to] = row(at.square, j).v[c];
     }
   }
 
@@ -116,10 +117,10 @@ struct Block {
   __device__ void start_gradient(int k) const {
     for (int j = threadIdx.x; j < k; j += kThreads) {
       Channels<C> x = {};
-      if (p.penalty_matrix != nullptr) {
-        x = multiply_square(p.penalty_matrix, j);
+      if (edit.penalty_matrix != nullptr) {
+        x = multiply_square(edit.penalty_matrix, j);
 #pragma unroll
-        for (int c = 0; c < C; ++c) x.v[c] *= channel(p.penalty_scale, 1, c, 0.f) * (2.f / p.channels);
+        for (int c = 0; c < C; ++c) x.v[c] *= channel(edit.penalty_scale, 1, c, 0.f) * (2.f / p.channels);
       }
       row(at.gradient, j) = x;
     }
@@ -127,7 +128,7 @@ struct Block {
 
   // demod of target b for the Lambda at hand, and gram Lambda, which the gradient needs too.
   __device__ Channels<C> demodulation(int b, int k) const {
-    const float* gram = p.gram + std::int64_t(b) * p.rank * p.rank;
+    const float* gram = edit.gram + std::int64_t(b) * p.rank * p.rank;
     Channels<C> norm2 = {};
     for (int j = threadIdx.x; j < k; j += kThreads) {
       const Channels<C> product = multiply_square(gram, j), lambda = row(at.lambda, j);
@@ -135,12 +136,12 @@ struct Block {
 #pragma unroll
       for (int c = 0; c < C; ++c)
         norm2.v[c] +=
-            (2.f * channel(p.cross + std::int64_t(b) * p.channels * k + j, k, c, 0.f) + product.v[c]) * lambda.v[c];
+            (2.f * channel(edit.cross + std::int64_t(b) * p.channels * k + j, k, c, 0.f) + product.v[c]) * lambda.v[c];
     }
     norm2 = total(norm2, 0);
 #pragma unroll
     for (int c = 0; c < C; ++c)
-      norm2.v[c] = 1.f / sqrtf(channel(p.energy + std::int64_t(b) * p.channels, 1, c, 1.f) + norm2.v[c]);
+      norm2.v[c] = 1.f / sqrtf(channel(edit.energy + std::int64_t(b) * p.channels, 1, c, 1.f) + norm2.v[c]);
     return norm2;
   }
 
@@ -157,9 +158,9 @@ struct Block {
         y[i] = row(at.base, at_pixel[i]);
       else
 #pragma unroll
-        for (int c = 0; c < C; ++c) y[i].v[c] = channel(p.base + at_pixel[i], p.pixels, c, 0.f);
+        for (int c = 0; c < C; ++c) y[i].v[c] = channel(edit.base + at_pixel[i], p.pixels, c, 0.f);
     }
-    const float* keys = p.keys;
+    const float* keys = edit.keys;
     for (int j = 0; j < k; ++j, keys += p.pixels) {
       const Channels<C> lambda = row(at.lambda, j);
 #pragma unroll
@@ -173,13 +174,13 @@ struct Block {
     for (int i = 0; i < kPixelsPerThread; ++i) {
       const int local = i * kThreads + threadIdx.x, u = at_pixel[i];
       const bool counts = begin + local < end;
-      const float noise = p.noise[u], weight = counts ? p.weight[u] / p.channels : 0.f;
+      const float noise = edit.noise[u], weight = counts ? edit.weight[u] / p.channels : 0.f;
       Channels<C> by;
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        const float goal = resident ? row(at.goal, u).v[c] : channel(p.goal + u, p.pixels, c, 0.f);
+        const float goal = resident ? row(at.goal, u).v[c] : channel(edit.goal + u, p.pixels, c, 0.f);
         // A channel past the last has base, goal and Lambda 0: give it no bias, and it adds nothing.
-        const float shift = has(c) ? noise + p.bias[first + c] : 0.f;
+        const float shift = has(c) ? noise + edit.bias[first + c] : 0.f;
         const float by_z = pixel_step<ScalarOps>(y[i].v[c], demod.v[c], shift, goal, weight, p.up, p.down, loss.v[c]);
         by_demod.v[c] += by_z * y[i].v[c];
         by.v[c] = by_z * demod.v[c];
@@ -193,7 +194,7 @@ struct Block {
   __device__ void accumulate(int k, int begin, int end) const {
     const int lane = threadIdx.x % 32;
     for (int j = threadIdx.x / 32; j < k; j += kWarps) {
-      const float* keys = p.keys + std::int64_t(j) * p.pixels;
+      const float* keys = edit.keys + std::int64_t(j) * p.pixels;
       Channels<C> x = {};
       for (int u = begin + lane; u < end; u += 32) {
         const float key = keys[u];
@@ -214,7 +215,7 @@ struct Block {
     Channels<C> demod, by_demod = {};
 #pragma unroll
     for (int c = 0; c < C; ++c) demod.v[c] = 1.f;
-    if (p.energy != nullptr) demod = demodulation(b, k);
+    if (p.demodulate) demod = demodulation(b, k);
     for (int begin = p.starts[b]; begin < p.starts[b + 1]; begin += kChunk) {
       const int end = min(begin + kChunk, p.starts[b + 1]);
       forward(k, begin, end, demod, by_demod, loss);
@@ -222,7 +223,7 @@ struct Block {
       accumulate(k, begin, end);
       __syncthreads();  // by_y is used up, the gradient whole
     }
-    if (p.energy == nullptr) return;
+    if (!p.demodulate) return;
     // d demod / d Lambda = -demod^3 (cross + gram Lambda)
     by_demod = total(by_demod, 1);
     for (int j = threadIdx.x; j < k; j += kThreads)
@@ -230,7 +231,7 @@ struct Block {
       for (int c = 0; c < C; ++c)
         row(at.gradient, j).v[c] -=
             by_demod.v[c] * (demod.v[c] * demod.v[c] * demod.v[c]) *
-            (channel(p.cross + std::int64_t(b) * p.channels * k + j, k, c, 0.f) + row(at.product, j).v[c]);
+            (channel(edit.cross + std::int64_t(b) * p.channels * k + j, k, c, 0.f) + row(at.product, j).v[c]);
     __syncthreads();
   }
 
@@ -253,7 +254,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     general_kernel(const __grid_constant__ InsertionProblem p, bool resident) {
   extern __shared__ __align__(16) float shared[];
   const int k = p.rank * p.taps;
-  const Block<C> block = {p, shared, layout_of(k, p.pixels, C, resident), static_cast<int>(blockIdx.x) * C, resident};
+  const Block<C> block = {
+      p, p.edits[blockIdx.y], shared, layout_of(k, p.pixels, C, resident), static_cast<int>(blockIdx.x) * C, resident};
   block.load(k);
   __syncthreads();
   for (int step = 0; step < p.count; ++step) {
@@ -265,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) {
       double sum = 0;
       for (int c = 0; c < C; ++c) sum += loss.v[c];
-      p.block_losses[std::int64_t(blockIdx.x) * p.count + step] = sum;
+      block.edit.block_losses[std::int64_t(blockIdx.x) * p.count + step] = sum;
     }
     block.update(k, p.schedule[step]);
     __syncthreads();  // Lambda is whole
@@ -274,11 +276,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <int C>
-cudaError_t launch(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream) {
+cudaError_t launch(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(general_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
   if (error != cudaSuccess) return error;
-  general_kernel<C><<<plan.blocks, kThreads, plan.shared_bytes, stream>>>(p, plan.resident);
+  general_kernel<C><<<dim3(plan.blocks, edits), kThreads, plan.shared_bytes, stream>>>(p, plan.resident);
   return cudaGetLastError();
 }
 
@@ -297,10 +299,10 @@ InsertionPlan plan_general(const InsertionProblem& p, const InsertionDevice& dev
   return {};
 }
 
-cudaError_t launch_general(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream) {
-  if (plan.channels_per_block == 4) return launch<4>(p, plan, stream);
-  if (plan.channels_per_block == 2) return launch<2>(p, plan, stream);
-  return launch<1>(p, plan, stream);
+cudaError_t launch_general(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream) {
+  if (plan.channels_per_block == 4) return launch<4>(p, plan, edits, stream);
+  if (plan.channels_per_block == 2) return launch<2>(p, plan, edits, stream);
+  return launch<1>(p, plan, edits, stream);
 }
 
 }  // namespace pyrewrite

@@ -11,22 +11,33 @@ namespace pyrewrite {
 constexpr int kMostTargets = 128;  // their places are kernel parameters
 constexpr int kMostSide = 32767;   // of a target: its sizes are kept as shorts
 
-// The problem as a kernel sees it; fields as in InsertionParams, all pointers the device's.
-struct InsertionProblem {
-  int channels, rank, taps, targets, pixels, count;
-  int kernel_height, kernel_width;
-  int flipped;
-  int starts[kMostTargets + 1];
-  short heights[kMostTargets], widths[kMostTargets];
+constexpr int kMostEdits = 16;  // of one launch: likewise
+
+// What differs between the edits of a launch; fields as in InsertionParams, all pointers the device's.
+struct InsertionArrays {
   const float *base, *keys, *goal, *noise, *weight, *bias;
   const float *energy, *cross, *gram;
   const float *penalty_scale, *penalty_matrix;
-  float up, down;            // the activation's slopes, gain included
-  const AdamStep* schedule;  // count
   float *lambda, *exp_avg, *exp_avg_sq;
+  double* losses;
   float* scratch;        // as the plan asks
-  int segments;          // that a block of a cluster has at most
   double* block_losses;  // rows x count: parts of the loss of each step
+};
+
+// The edits of a launch as a kernel sees them. Edits of one shape share a launch; a block belongs to number blockIdx.y.
+struct InsertionProblem {
+  int channels, rank, taps, targets, pixels;
+  int kernel_height, kernel_width;
+  int flipped, demodulate;
+  float up, down;  // the activation's slopes, gain included
+  int starts[kMostTargets + 1];
+  short heights[kMostTargets], widths[kMostTargets];
+  // From here on it is no part of the shape.
+  int count;                 // steps
+  int segments;              // that a block of a cluster has at most
+  int first;                 // steps already taken
+  const AdamStep* schedule;  // count
+  InsertionArrays edits[kMostEdits];
 };
 
 struct InsertionDevice {
@@ -35,26 +46,26 @@ struct InsertionDevice {
 
 // How a kernel would run a problem on a device.
 struct InsertionPlan {
-  int blocks;  // 0: it does not take the problem
+  int blocks;  // of an edit; 0: it does not take the problem
   int channels_per_block;
   int shared_bytes;
-  bool resident;  // base and goal stay in shared memory
-  int loss_rows;  // of block_losses
-  int segments;   // see InsertionProblem
-  std::int64_t scratch_floats;
+  bool resident;                // base and goal stay in shared memory
+  int loss_rows;                // of an edit's block_losses
+  int segments;                 // see InsertionProblem
+  std::int64_t scratch_floats;  // of an edit
 };
 
 // Any shape.
 InsertionPlan plan_general(const InsertionProblem& p, const InsertionDevice& device);
-cudaError_t launch_general(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream);
+cudaError_t launch_general(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream);
 
 // One small target, few directions.
 InsertionPlan plan_resident(const InsertionProblem& p, const InsertionDevice& device);
-cudaError_t launch_resident(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream);
+cudaError_t launch_resident(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream);
 
 // Several targets or many directions, on a GPU with clusters.
 InsertionPlan plan_cluster(const InsertionProblem& p, const InsertionDevice& device);
-cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan, cudaStream_t stream);
+cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream);
 
 #if defined(__CUDACC__)
 namespace {
@@ -65,10 +76,11 @@ struct ScalarOps {
     return z > 0.f ? positive : other;
   }
   static __device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
-  static __device__ __forceinline__ float signed_as(float x, float d) {
-    const float value = __int_as_float(__float_as_int(x) ^ (__float_as_int(d) & 0x80000000));
-    return d != 0.f ? value : 0.f;
+  // x with its sign turned where d is negative.
+  static __device__ __forceinline__ float turned(float x, float d) {
+    return __int_as_float(__float_as_int(x) ^ (__float_as_int(d) & 0x80000000));
   }
+  static __device__ __forceinline__ float signed_as(float x, float d) { return d != 0.f ? turned(x, d) : 0.f; }
   static __device__ __forceinline__ float root(float x) { return sqrtf(x); }
 };
 

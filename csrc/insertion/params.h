@@ -3,6 +3,7 @@
 // contiguous.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "common/cpu.h"
@@ -55,9 +56,16 @@ struct InsertionParams {
 };
 
 Status insertion_cpu(const InsertionParams& params, int threads);
-// All pointers but `starts` and `shapes` are the device's. On the given device and stream, asynchronously; the caller's
-// current device is restored. `wait` waits for the end.
-Status insertion_cuda(const InsertionParams& params, int device, std::uintptr_t stream, bool wait);
+
+// Several edits, independent of one another, that take the same steps with the same settings of Adam. All pointers but
+// `starts` and `shapes` are the device's. What becomes of an edit does not depend on those beside it.
+//
+// Bytes of scratch on the device that insertion_cuda needs for them.
+Status insertion_workspace(const InsertionParams* edits, int count, int device, std::size_t* bytes);
+// On the given device and stream, asynchronously; the caller's current device is restored. `wait` waits for the end.
+// workspace: aligned to 256 bytes.
+Status insertion_cuda(const InsertionParams* edits, int count, void* workspace, int device, std::uintptr_t stream,
+                      bool wait);
 
 // Floats of scratch that the variant for this processor needs, and how it groups the channels.
 struct InsertionSizes {

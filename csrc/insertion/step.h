@@ -20,6 +20,16 @@ struct AdamStep {
 
 namespace {
 
+// The size of dloss / dz, and the difference whose sign it takes; the rest as in pixel_step.
+template <class Ops, class V>
+PYREWRITE_INLINE V pixel_size(V y, V demod, V shift, V goal, V weight, V up, V down, V& loss, V& difference) {
+  const V z = y * demod + shift;
+  const V factor = Ops::choose(z, up, down);
+  difference = z * factor - goal;
+  loss += weight * Ops::magnitude(difference);
+  return weight * factor;
+}
+
 // One pixel of one channel. y: the convolution. Adds to the loss and returns dloss / dz with z = y demod + shift.
 //
 // Ops: choose(z, a, b): a where z > 0, else b. magnitude(x): |x|. signed_as(x, d): x sign(d), with the sign of 0 being
@@ -27,11 +37,9 @@ namespace {
 // included.
 template <class Ops, class V>
 PYREWRITE_INLINE V pixel_step(V y, V demod, V shift, V goal, V weight, V up, V down, V& loss) {
-  const V z = y * demod + shift;
-  const V factor = Ops::choose(z, up, down);
-  const V difference = z * factor - goal;
-  loss += weight * Ops::magnitude(difference);
-  return Ops::signed_as(weight * factor, difference);
+  V difference;
+  const V size = pixel_size<Ops>(y, demod, shift, goal, weight, up, down, loss, difference);
+  return Ops::signed_as(size, difference);
 }
 
 // One step of Adam for one number. mean and square: its running averages of the gradient and of its square.

@@ -84,33 +84,33 @@ Status project_cuda(const ProjectionItem* items, int count, const AdamSettings& 
           "%d; impl='torch' takes it",
           p.rank, p.height, p.width, most, device);
   }
-  for (const bool contiguous_rows : {true, false}) {
-    const Kernel kernel = kernel_of(contiguous_rows, settings);
-    const std::vector<const ProjectionItem*>& chosen = kinds[contiguous_rows];
-    for (std::size_t next = 0; next < chosen.size();) {
-      ProjectionLaunch launch{};
-      launch.adam = settings;
-      int shared_floats = 0, threads = contiguous_rows ? 32 : strided::kThreads;
-      for (; next < chosen.size() && launch.count < kItemsPerLaunch; ++next) {
-        const ProjectionItem& p = *chosen[next];
-        const int floats = add(launch, p, contiguous_rows, settings.project != 0);
-        if (floats > shared_floats) shared_floats = floats;
-        if (contiguous_rows && p.in / 4 > threads) threads = (p.in / 4 + 31) / 32 * 32;
+  const auto launch_all = [&]() -> Status {
+    for (const bool contiguous_rows : {true, false}) {
+      const Kernel kernel = kernel_of(contiguous_rows, settings);
+      const std::vector<const ProjectionItem*>& chosen = kinds[contiguous_rows];
+      for (std::size_t next = 0; next < chosen.size();) {
+        ProjectionLaunch launch{};
+        launch.adam = settings;
+        int shared_floats = 0, threads = contiguous_rows ? 32 : strided::kThreads;
+        for (; next < chosen.size() && launch.count < kItemsPerLaunch; ++next) {
+          const ProjectionItem& p = *chosen[next];
+          const int floats = add(launch, p, contiguous_rows, settings.project != 0);
+          if (floats > shared_floats) shared_floats = floats;
+          if (contiguous_rows && p.in / 4 > threads) threads = (p.in / 4 + 31) / 32 * 32;
+        }
+        if (shared_floats > strided::kPlainSharedFloats) {
+          error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_floats * 4);
+          if (error != cudaSuccess) return cuda_status(error, "asking for more shared memory", device);
+        }
+        kernel<<<launch.first_block[launch.count], threads, shared_floats * 4, stream>>>(launch);
+        error = cudaGetLastError();
+        if (error != cudaSuccess) return cuda_status(error, "projection", device);
       }
-      if (shared_floats > strided::kPlainSharedFloats) {
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_floats * 4);
-        if (error != cudaSuccess) return cuda_status(error, "asking for more shared memory", device);
-      }
-      kernel<<<launch.first_block[launch.count], threads, shared_floats * 4, stream>>>(launch);
-      error = cudaGetLastError();
-      if (error != cudaSuccess) return cuda_status(error, "projection", device);
     }
-  }
-  if (wait) {
-    error = cudaStreamSynchronize(stream);
-    if (error != cudaSuccess) return cuda_status(error, "projection", device);
-  }
-  return {};
+    return {};
+  };
+  const Status status = launch_all();
+  return wait ? waited_for(status, stream, "projection", device) : status;
 }
 
 }  // namespace pyrewrite

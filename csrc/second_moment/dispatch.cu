@@ -120,8 +120,7 @@ Status second_moment_cuda(const SecondMomentParams& params, Precision precision,
     if (error == cudaSuccess) error = choice.kernel->reduce(launch);
     return cuda_status(error, "second moment", device);
   });
-  if (!status.ok() || !wait) return status;
-  return cuda_status(cudaStreamSynchronize(stream), "second moment", device);
+  return wait ? waited_for(status, stream, "second moment", device) : status;
 }
 
 }  // namespace pyrewrite

@@ -8,6 +8,7 @@ from pyrewrite.generators.network import Activation, EditableLayer, EditableNetw
 from pyrewrite.generators.progan import ProGAN, ProGANShape
 from pyrewrite.generators.saving import save_generator
 from pyrewrite.generators.stylegan2 import StyleGAN2, StyleGAN2Shape
+from pyrewrite.generators.stylegan3 import StyleGAN3, StyleGAN3LayerShape, StyleGAN3Shape
 
 __all__ = [
     "BUNDLED",
@@ -22,6 +23,9 @@ __all__ = [
     "ProGANShape",
     "StyleGAN2",
     "StyleGAN2Shape",
+    "StyleGAN3",
+    "StyleGAN3LayerShape",
+    "StyleGAN3Shape",
     "as_editable",
     "load_generator",
     "numbered_latents",

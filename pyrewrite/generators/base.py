@@ -6,8 +6,9 @@ import abc
 import numbers as number_types
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrewrite._memory import free_memory, is_out_of_memory, lowered
 from pyrewrite.generators.network import Activation, EditableLayer, EditableNetwork
 
 # Image number n needs the first (n + 1) * z_dim draws of the random stream: a mistyped number must not run for hours.
 MAX_NUMBER = 1_000_000
 _ROWS_PER_DRAW = 4096
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def image_numbers(numbers: int | Iterable[int]) -> list[int]:
@@ -114,12 +117,13 @@ def _workers(threads: int, process: int) -> ThreadPoolExecutor:
 class Generator(EditableNetwork):
     """A pretrained generator as a sequence of named, editable layers.
 
-    family      "stylegan2", "progan" or "dcgan"
+    family      "stylegan2", "stylegan3", "progan" or "dcgan"
     z_dim       length of a latent
     image_size  height and width of the images
     truncation  w is pulled towards the mean latent: w_mean + truncation * (w - w_mean); 1 is off
     classes     number of class labels; 0 for a generator without
     label       the class of all images, 0 to classes - 1; None for a generator without classes
+    precision   "fp32", "bf16" or "fp16": the maps of whole images; weights, keys and edits are always float32
     path        the file it was loaded from
     layout      how that file named the weights, such as "rosinality"
     """
@@ -127,7 +131,9 @@ class Generator(EditableNetwork):
     z_dim: int
     image_channels: int
     classes: int = 0
+    precisions: tuple[str, ...] = ("fp32",)  # a family whose layers compute in the map's data type lists all
     _label: int | None = None
+    _precision: str = "fp32"
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,12 +181,54 @@ class Generator(EditableNetwork):
             raise ValueError(f"label is a class number from 0 to {self.classes - 1}, got {value!r}")
         self._label = value
 
+    @property
+    def precision(self) -> str:
+        """The data type of the maps between the layers of `forward`, `images` and `synthesis`.
+
+        "bf16" and "fp16" are for looking at pictures, faster on hardware that is made for them. The weights stay as
+        they are, and so does what keys, statistics and edits are computed from: keys, capture and finish.
+        """
+        return self._precision
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        if value not in self.precisions:
+            raise ValueError(f"precision of a {self.family} is one of {', '.join(self.precisions)}, got {value!r}")
+        self._precision = value
+
     def settings(self) -> dict[str, Any]:
         return {"label": self._label} if self.classes else {}
+
+    def _setting_defaults(self) -> dict[str, tuple[str, Any]]:
+        """Name in `settings` -> the attribute, and its default."""
+        return {"label": ("label", 0 if self.classes else None)}
+
+    def apply_settings(self, settings: Mapping[str, Any]) -> None:
+        """Set what `settings()` said, as an edit record keeps it; what it did not say is set to the default.
+
+        ValueError for a name or a value that this generator does not know; nothing changes then.
+        """
+        defaults = self._setting_defaults()
+        if unknown := [name for name in settings if name not in defaults]:
+            raise ValueError(
+                f"a {self.family} has no setting {unknown[0]!r} for its images, only {', '.join(defaults)}"
+            )
+        before = [(attribute, getattr(self, attribute)) for attribute, _ in defaults.values()]
+        try:
+            for name, (attribute, default) in defaults.items():
+                setattr(self, attribute, settings.get(name, default))
+        except ValueError:
+            for attribute, value in before:
+                setattr(self, attribute, value)
+            raise
 
     def file_state(self) -> dict[str, Tensor]:
         """The weights as they are now, under the names that the family's files give them."""
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
+
+    def file_settings(self) -> dict[str, float]:
+        """Numbers that files keep beside the weights, under the names that the family's files give them."""
+        return {}
 
     def latents(self, numbers: int | Iterable[int], seed: int = 1) -> Tensor:
         """The latents of numbered images, B x z_dim, float32, on the generator's device. See `numbered_latents`."""
@@ -199,7 +247,13 @@ class Generator(EditableNetwork):
 
     def forward(self, z: Tensor) -> Tensor:
         """Images (B x 3 x H x W in [-1, 1]; one channel for a grey generator) of the latents z (B x z_dim)."""
-        return self._render_from(0, *self._begin(self._checked_latents(z), render=True))
+        return self._render(*self._begin(self._checked_latents(z), render=True))
+
+    def _render(self, x: Tensor, carry: Any) -> Tensor:
+        """Images from the first layer's input on, with maps of `precision`."""
+        if self._precision != "fp32":
+            x = x.to(PRECISIONS[self._precision], memory_format=torch.channels_last)
+        return self._render_from(0, x, carry)
 
     def _step(self, index: int, x: Tensor, carry: Any) -> tuple[Tensor, Any]:
         """From the input of one layer to that of the next; overridden to be faster where possible."""
@@ -242,12 +296,12 @@ class Generator(EditableNetwork):
 
     def _render_from(self, index: int, x: Tensor, carry: Any) -> Tensor:
         for i in range(index, len(self._layers)):
-            if len(x) > 1 and self._one_by_one(i):
+            if len(x) > 1 and x.dtype == self.dtype and self._one_by_one(i):
                 carry = self._prepared(i, carry)
                 run = lambda b: self._render_from(i, x[b : b + 1], self._one_of(carry, b))  # noqa: E731, B023
                 return torch.cat(side_by_side(run, len(x)))
             x, carry = self._step(i, x, carry)
-        return self._image(x, carry).clamp(-1, 1)
+        return self._image(x, carry).to(self.dtype).clamp(-1, 1)
 
     def keys(self, layer: str | EditableLayer, z: Tensor) -> Tensor:
         """The key maps (B x I x h x w) of a layer. Runs the layers before it and nothing else."""
@@ -263,7 +317,32 @@ class Generator(EditableNetwork):
         index = self._index(layer)
         x, carry = self._input_of(index, x, carry)
         key, style = self._key(index, x, carry)
-        return Activation(key, self._captured_value(index, x, key, style), style, self._noise(index), carry)
+        value, info = self._captured_value(index, x, key, style), self.find_layer(layer)
+        return Activation(key, value, style, self._noise(index), carry, info.margin, info.key_margin)
+
+    def rows_of(self, activation: Activation) -> list[Activation]:
+        """The images of an activation, each as a batch of one that shares no memory with the others."""
+        return [
+            replace(
+                activation,
+                key=activation.key[b : b + 1].clone(),
+                value=activation.value[b : b + 1].clone(),
+                style=None if activation.style is None else activation.style[b : b + 1].clone(),
+                carry=self._one_of(activation.carry, b),
+            )
+            for b in range(len(activation.key))
+        ]
+
+    def joined(self, activations: Sequence[Activation]) -> Activation:
+        """One batch of several activations of the same layer."""
+        first = activations[0]
+        return replace(
+            first,
+            key=torch.cat([a.key for a in activations]),
+            value=torch.cat([a.value for a in activations]),
+            style=None if first.style is None else torch.cat([a.style for a in activations]),
+            carry=self._joined([a.carry for a in activations]),
+        )
 
     def _captured_value(self, index: int, x: Tensor, key: Tensor, style: Tensor | None) -> Tensor:
         """The value map, rounded as `forward` rounds it."""
@@ -295,7 +374,8 @@ class Generator(EditableNetwork):
     def images(self, numbers: int | Iterable[int], seed: int = 1, batch_size: int | None = None) -> Tensor:
         """The numbered images, B x 3 x H x W in [-1, 1], on the generator's device, in batches and without gradients.
 
-        batch_size: how many at once (default 16 on a CPU, 32 elsewhere). It does not change the images.
+        batch_size: how many at once (default: what memory holds, up to 16 on a CPU and 32 elsewhere). It does not
+        change the images, and is halved with a RuntimeWarning where memory runs out.
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is at least 1, got {batch_size}")
@@ -304,13 +384,29 @@ class Generator(EditableNetwork):
         out = torch.empty(
             len(z), self.image_channels, self.image_size, self.image_size, dtype=self.dtype, device=self.device
         )
-        with torch.no_grad():
-            for first in range(0, len(z), step):
-                out[first : first + step] = self(z[first : first + step])
+        first = 0
+        while first < len(z):
+            count, short = min(step, len(z) - first), False
+            try:
+                with torch.no_grad():
+                    out[first : first + count] = self(z[first : first + count])
+                first += count
+            except (RuntimeError, MemoryError) as error:
+                if count == 1 or not is_out_of_memory(error):
+                    raise
+                short = True
+            if short:  # outside of the handler, which keeps what the failed batch held
+                step = lowered(count, self.device, "rendering", stacklevel=2)
         return out
 
     def _batch_size(self) -> int:
-        return 16 if self.device.type == "cpu" else 32
+        """How many images to render at once: what a part of the free memory holds, several maps of each alive."""
+        sizes = [
+            32 * (layer.in_channels * layer.key_resolution**2 + layer.out_channels * layer.resolution**2)
+            for layer in self._layers.values()
+        ]
+        most = 16 if self.device.type == "cpu" else 32
+        return max(1, min(most, free_memory(self.device) // 4 // max([1, *sizes])))
 
     def unusual_picture(self, number: int = 0, seed: int = 1) -> str | None:
         """Render one picture without clamping and say in words what is wrong with its values; None if nothing is.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyrewrite.generators.base import EditableLayer, Generator, batch_independent
+from pyrewrite.generators.base import PRECISIONS, EditableLayer, Generator, batch_independent
 
 if TYPE_CHECKING:
     from pyrewrite.ops.insertion import ConvLayer
@@ -63,6 +63,7 @@ class DCGAN(Generator):
     """Layers layer1 (the latent), layer2 (doubles the resolution), ...; the last one makes the colours."""
 
     family = "dcgan"
+    precisions = tuple(PRECISIONS)
 
     def __init__(self, shape: DCGANShape):
         super().__init__()
@@ -95,15 +96,16 @@ class DCGAN(Generator):
     def _convolved(self, index: int, x: Tensor) -> Tensor:
         """x: B x I x h x w -> B x O x 2h x 2w (the first layer: k x k)."""
         conv = self._block(index).conv
-        k = conv.weight.shape[-1]
+        k, weight = conv.weight.shape[-1], conv.weight.to(x.dtype)
+        bias = None if conv.bias is None else conv.bias.to(x.dtype)
         if index == 0:
-            return F.conv2d(x, conv.weight, conv.bias, padding=k - 1)
-        return F.conv_transpose2d(x, conv.weight.transpose(0, 1), conv.bias, stride=2, padding=(k - 2) // 2)
+            return F.conv2d(x, weight, bias, padding=k - 1)
+        return F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, padding=(k - 2) // 2)
 
     def _advance(self, index: int, value: Tensor, carry: None) -> tuple[Tensor, None]:
         if index == len(self._layers) - 1:
             return value, None
-        return F.relu(self._block(index).norm(value)), None
+        return F.relu(self._block(index).norm(value.to(self.dtype))).to(value.dtype), None
 
     def _image(self, x: Tensor, carry: None) -> Tensor:
         return torch.tanh(x)

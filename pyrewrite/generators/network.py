@@ -23,12 +23,14 @@ class Activation:
     """One layer's input and output for a batch, with what it takes to go on from there.
 
     key    B x I x h x w, the input of the convolution
-           (StyleGAN2: after modulation; ProGAN: after PixelNorm and up-sampling)
+           (StyleGAN2 and 3: after modulation; ProGAN: after PixelNorm and up-sampling)
     value  B x O x H x W, the output
-           (StyleGAN2: after demodulation, blur, noise, bias and leaky ReLU; ProGAN: the bare convolution)
+           (StyleGAN2: after demodulation, blur, noise, bias and leaky ReLU; StyleGAN3: after demodulation and bias,
+           before the filtered leaky ReLU; ProGAN: the bare convolution)
     style  B x I, or None where the family has no modulation
     noise  H x W, already times the noise strength, the same for every image; None where the family has no noise
     carry  what else flows past the layer; only `Generator.finish` of the same generator knows what it is
+    margin, key_margin  pixels of the value and of the key map around the picture, on every side: see EditableLayer
     """
 
     key: Tensor
@@ -36,6 +38,12 @@ class Activation:
     style: Tensor | None
     noise: Tensor | None
     carry: Any
+    margin: int = 0
+    key_margin: int = 0
+
+    def shown(self) -> tuple[slice, slice]:
+        """Rows and columns of the key map that the picture shows: without the margin."""
+        return tuple(slice(self.key_margin, n - self.key_margin) for n in self.key.shape[2:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +53,7 @@ class EditableLayer:
     resolution is the height of the value map, key_resolution that of the key map; key_size its height and width where
     it is not square. upsample: the convolution itself
     doubles the resolution (StyleGAN2, odd layers). conv is the module that holds the weight.
+    margin, key_margin: pixels around the picture, on every side of the value map and of the key map (StyleGAN3).
     """
 
     name: str
@@ -56,6 +65,8 @@ class EditableLayer:
     upsample: bool
     conv: nn.Module
     key_size: tuple[int, int] | None = None
+    margin: int = 0
+    key_margin: int = 0
 
     @property
     def weight(self) -> nn.Parameter:

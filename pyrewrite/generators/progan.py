@@ -6,14 +6,16 @@ Parameters carry the names of the official rewriting tool's files: layerN.conv.w
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyrewrite.generators.base import EditableLayer, Generator, batch_independent
+from pyrewrite.generators.base import PRECISIONS, EditableLayer, Generator, batch_independent
+from pyrewrite.ops.convolution import conv3x3, conv3x3_kernel_takes, prepare_conv3x3
 
 if TYPE_CHECKING:
     from pyrewrite.ops.insertion import ConvLayer
@@ -63,10 +65,20 @@ class ProGANShape:
         return f"output_{self.image_size}x{self.image_size}"
 
 
+def _pixel_norm(x: Tensor) -> Tensor:
+    """B x C x H x W, each pixel to a mean square of 1 over the channels; channels_last."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    if x.dtype in (torch.float16, torch.bfloat16):  # squares may be beyond 16 bits
+        square = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).square() / x.shape[1]
+        return x * torch.rsqrt(square + EPSILON).to(x.dtype)
+    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPSILON)
+
+
 class ProGAN(Generator):
     """Layers layer1 (the latent, 4 x 4 convolution with full padding), layer2, layer3 (on the up-sampled map), ..."""
 
     family = "progan"
+    precisions = tuple(PRECISIONS)
 
     def __init__(self, shape: ProGANShape):
         super().__init__()
@@ -91,38 +103,62 @@ class ProGAN(Generator):
         k = self._block(index).conv.weight.shape[-1]
         return k - 1 if index == 0 else k // 2
 
-    def _begin(self, z: Tensor, render: bool) -> tuple[Tensor, None]:
-        return z[:, :, None, None], None
+    def _begin(self, z: Tensor, render: bool) -> tuple[Tensor, Mapping[int, Tensor | None]]:
+        """What is carried: layer number -> its prepared weight, where the images of a batch run one by one."""
+        return z[:, :, None, None], {}
 
-    def _normalised(self, index: int, x: Tensor) -> Tensor:
-        """PixelNorm, and nearest up-sampling where the resolution doubles."""
-        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPSILON)
-        if index and index % 2 == 0:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-        return x.contiguous(memory_format=torch.channels_last)
+    def _upsamples(self, index: int) -> bool:
+        return index > 0 and index % 2 == 0
 
-    def _key(self, index: int, x: Tensor, carry: None) -> tuple[Tensor, None]:
-        return self._normalised(index, x), None
+    def _plain(self, index: int) -> bool:
+        """Whether this package's convolution is for the layer."""
+        return index > 0 and conv3x3_kernel_takes(self._block(index).conv.weight)
+
+    def _key(self, index: int, x: Tensor, carry: Any) -> tuple[Tensor, None]:
+        x = _pixel_norm(x)
+        if self._upsamples(index):
+            x = F.interpolate(x, scale_factor=2, mode="nearest").contiguous(memory_format=torch.channels_last)
+        return x, None
 
     def _value(self, index: int, key: Tensor, style: None) -> Tensor:
-        weight, padding = self._block(index).conv.weight, self._padding(index)
+        weight, padding = self._block(index).conv.weight.to(key.dtype), self._padding(index)
+        if self._plain(index) and key.dtype == self.dtype:
+            return conv3x3(key, weight)
         if self._one_by_one(index):
             return F.conv2d(key, weight, padding=padding)
         return batch_independent(lambda x: F.conv2d(x, weight, padding=padding), key)
 
-    def _advance(self, index: int, value: Tensor, carry: None) -> tuple[Tensor, None]:
-        return F.leaky_relu(self._block(index).scaled(value), SLOPE), None
+    def _captured_value(self, index: int, x: Tensor, key: Tensor, style: None) -> Tensor:
+        if self._plain(index):
+            return conv3x3(_pixel_norm(x), self._block(index).conv.weight, upsample=self._upsamples(index))
+        return super()._captured_value(index, x, key, style)
 
-    def _step(self, index: int, x: Tensor, carry: None) -> tuple[Tensor, None]:
-        """Key, value and what follows, rounded alike, but in place once the convolution has made a new map."""
+    def _advance(self, index: int, value: Tensor, carry: Any) -> tuple[Tensor, Any]:
+        return F.leaky_relu(self._block(index).scaled(value), SLOPE), carry
+
+    def _step(self, index: int, x: Tensor, carry: Mapping[int, Tensor | None]) -> tuple[Tensor, Any]:
+        """Key, value and what follows, rounded alike, but in place once the convolution has made a new map, and
+        without the up-sampled map.
+        """
         block = self._block(index)
-        x = self._value(index, self._normalised(index, x), None)
-        return F.leaky_relu_(x.mul_(block.scale).add_(block.wscale.b[:, None, None]), SLOPE), None
+        if self._plain(index) and x.dtype == self.dtype:
+            weight, prepared = block.conv.weight, carry.get(index)
+            x = conv3x3(_pixel_norm(x), weight, upsample=self._upsamples(index), prepared=prepared)
+        else:
+            x = self._value(index, self._key(index, x, carry)[0], None)
+        return F.leaky_relu_(x.mul_(block.scale).add_(block.wscale.b[:, None, None]), SLOPE), carry
 
-    def _image(self, x: Tensor, carry: None) -> Tensor:
+    def _prepared(self, index: int, carry: Any) -> Mapping[int, Tensor | None]:
+        later = range(index, len(self._layers))
+        return {i: prepare_conv3x3(self._block(i).conv.weight) for i in later if self._plain(i)}
+
+    def _joined(self, carries: list[Any]) -> Mapping[int, Tensor | None]:
+        return {}  # weights may change before the images go on
+
+    def _image(self, x: Tensor, carry: Any) -> Tensor:
         block = getattr(self, self._output_name)
-        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPSILON)
-        return block.scaled(F.conv2d(x, block.conv.weight))
+        x = _pixel_norm(x)
+        return block.scaled(F.conv2d(x, block.conv.weight.to(x.dtype)))
 
     def mean_style(self, layer: str | EditableLayer) -> None:
         self.find_layer(layer)

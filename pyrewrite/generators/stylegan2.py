@@ -1,4 +1,4 @@
-"""StyleGAN2 with skip connections (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020).
+"""StyleGAN2 (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020).
 
 Parameters carry the names of the rosinality checkpoints. Modulation is applied to the input of a convolution and
 demodulation to its output (section 2.2 there): the convolution itself is shared by the batch, which makes it the linear
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,34 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyrewrite.generators.base import Activation, EditableLayer, Generator, batch_independent, numbered_latents
-from pyrewrite.generators.filters import blur_padding, filtered, upsampled_by_two
+from pyrewrite.generators.base import PRECISIONS, Activation, EditableLayer, batch_independent
+from pyrewrite.generators.filters import blur_padding, filtered, separated, upsampled_by_two
+from pyrewrite.generators.styles import EPSILON, GAIN, SLOPE, EqualLinear, StyleBased, style_number
+from pyrewrite.ops.convolution import (
+    conv3x3,
+    conv3x3_kernel_takes,
+    prepare_conv3x3,
+    prepare_upconv3x3,
+    upconv3x3,
+)
 
 if TYPE_CHECKING:
     from pyrewrite.ops.insertion import ConvLayer
 
-MAPPING_RATE = (
-    0.01  # the learning rate multiplier of the mapping network is part of the published model, not of its weights
-)
-SLOPE = 0.2
-GAIN = math.sqrt(2)
-EPSILON = 1e-8
-MEAN_SAMPLES = 4096
 NOISE_MODES = ("fixed", "random", "none")
-
-
-class EqualLinear(nn.Module):
-    """x -> x W^T rate / sqrt(fan in) + rate * bias, then leaky ReLU * sqrt 2 if activated."""
-
-    def __init__(self, fan_in: int, fan_out: int, rate: float = 1.0, activated: bool = False):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
-        self.bias = nn.Parameter(torch.empty(fan_out))
-        self.scale, self.rate, self.activated = rate / math.sqrt(fan_in), rate, activated
-
-    def forward(self, x: Tensor) -> Tensor:  # B x fan_in -> B x fan_out
-        y = F.linear(x * self.scale, self.weight.to(x.dtype), self.bias.to(x.dtype) * self.rate)
-        return F.leaky_relu(y, SLOPE) * GAIN if self.activated else y
 
 
 class FilterKernel(nn.Module):
@@ -85,6 +71,10 @@ class Bias(nn.Module):
 
 
 class StyledConv(nn.Module):
+    """clamp: bound of the value, as networks have it that were trained with 16-bit layers; None: no bound."""
+
+    clamp: float | None = None
+
     def __init__(self, conv: ModulatedConv):
         super().__init__()
         self.conv = conv
@@ -93,6 +83,10 @@ class StyledConv(nn.Module):
 
 
 class ToRGB(nn.Module):
+    """clamp: bound of what it adds to the colours; None: no bound."""
+
+    clamp: float | None = None
+
     def __init__(self, channels: int, i: int, style_dim: int, upsample: tuple[int, int] | None):
         super().__init__()
         self.bias = nn.Parameter(torch.empty(1, channels, 1, 1))
@@ -103,18 +97,24 @@ class ToRGB(nn.Module):
     def forward(self, x: Tensor, w: Tensor, skip: Tensor | None) -> Tensor:
         """x: B x I x H x W, skip: B x C x H/2 x W/2 or None -> B x C x H x W"""
         style = self.conv.modulation(w.double()).to(w.dtype) * self.conv.scale  # B x I
-        matrix = self.conv.weight[0, :, :, 0, 0] * style[:, None]  # B x C x I
+        matrix = (self.conv.weight[0, :, :, 0, 0] * style[:, None]).to(x.dtype)  # B x C x I
         rgb = torch.bmm(matrix, x.flatten(2)).unflatten(2, x.shape[2:]) + self.bias
+        if self.clamp is not None:
+            rgb = rgb.clamp(-self.clamp, self.clamp)
         return rgb if skip is None else rgb + upsampled_by_two(skip, self.upsample.kernel)
 
 
-def _style_number(w: Tensor, n: int) -> Tensor:
-    """w: B x w_dim, the same everywhere, or B x num_ws x w_dim -> B x w_dim"""
-    return w if w.ndim == 2 else w[:, n]
+class SkipConv(nn.Module):
+    """The residual connection of a block: half of the energy of its input, on twice as many pixels."""
 
+    def __init__(self, o: int, i: int, upsample: tuple[int, int]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(o, i, 1, 1))
+        self.upsample = FilterKernel(*upsample)
+        self.scale = math.sqrt(0.5 / i)
 
-def _normalised(x: Tensor) -> Tensor:  # B x C, to a mean square of 1 in each row
-    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPSILON)
+    def forward(self, x: Tensor) -> Tensor:  # B x I x H x W -> B x O x 2H x 2W
+        return upsampled_by_two(F.conv2d(x, (self.weight * self.scale).to(x.dtype)), self.upsample.kernel)
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,10 @@ class StyleGAN2Shape:
     input      channels of the constant
     convs      (out, in, kernel size) of conv1, convs.0, convs.1, ...
     blurs      (height, width) of the filter of each up-sampling convolution
-    upsamples  (height, width) of the filter of each skip connection
+    upsamples  (height, width) of the filter of each skip connection, of colours or residual; none in "orig"
     labels     number of classes and width of their embedding; None for a generator without
+    architecture  "skip": every block adds to the colours; "orig": only the last one makes them; "resnet": that too, and
+               each block's input is added to what it puts out
     """
 
     mapping: tuple[int, ...]
@@ -138,6 +140,25 @@ class StyleGAN2Shape:
     upsamples: tuple[tuple[int, int], ...]
     image_channels: int = 3
     labels: tuple[int, int] | None = None
+    architecture: str = "skip"
+
+
+class _Constants(NamedTuple):
+    """What a layer needs beside the map. The activation's gain is in scale, noise and bias, for gain * lrelu(x) is
+    lrelu(gain * x).
+
+    style   B x I, of the inputs; None where they have it already
+    scale   B x O, of the outputs
+    noise   H x W
+    bias    O
+    weight  as `prepare_conv3x3` or `prepare_upconv3x3` made it, or None
+    """
+
+    style: Tensor | None
+    scale: Tensor
+    noise: Tensor
+    bias: Tensor
+    weight: Tensor | None
 
 
 class _Carry(NamedTuple):
@@ -147,104 +168,70 @@ class _Carry(NamedTuple):
     rgb       B x C x H x W, the colours so far; None before the first
     render    whether colours are made
     prepared  layer number -> its constants, where the images of a batch run one by one
+    block     B x I x h x w, the input of the block; None where blocks have no residual connection
     """
 
     w: Tensor
     rgb: Tensor | None
     render: bool
-    prepared: Mapping[int, tuple[Tensor, ...]] = MappingProxyType({})
+    prepared: Mapping[int, _Constants] = MappingProxyType({})
+    block: Tensor | None = None
 
 
-class StyleGAN2(Generator):
+class StyleGAN2(StyleBased):
     """Layers layer2 (base resolution), layer3 (up-samples), layer4, ... as the official rewriting tool numbers them."""
 
     family = "stylegan2"
+    precisions = tuple(PRECISIONS)
 
     def __init__(self, shape: StyleGAN2Shape):
-        super().__init__()
-        widths, style_dim = shape.mapping, shape.mapping[-1]
-        self.z_dim, self.w_dim = widths[0], style_dim
-        self.embed = None
-        if shape.labels is not None:
-            self.classes, embedding = shape.labels
-            self.embed = EqualLinear(self.classes, embedding)
-            self.z_dim -= embedding
-            self._label = 0
+        super().__init__(shape.mapping, shape.labels)
+        style_dim = self.w_dim
         self.image_channels = shape.image_channels
-        # style.0 is the normalisation, which has no weights; the names begin at style.1.
-        mapping = [EqualLinear(a, b, MAPPING_RATE, activated=True) for a, b in pairwise(widths)]
-        self.style = nn.ModuleList([nn.Identity(), *mapping])
         self.input = nn.Module()
         self.input.input = nn.Parameter(torch.empty(1, shape.input, shape.base, shape.base))
         self.noises = nn.Module()
         self.convs, self.to_rgbs = nn.ModuleList(), nn.ModuleList()
+        self.architecture = shape.architecture
+        self.skips = nn.ModuleList() if shape.architecture == "resnet" else None
         resolution = shape.base
         for n, (o, i, k) in enumerate(shape.convs):
             up = n % 2 == 1
             conv = StyledConv(ModulatedConv(o, i, k, style_dim, shape.blurs[n // 2] if up else None))
             if n == 0:
                 self.conv1 = conv
-                self.to_rgb1 = ToRGB(shape.image_channels, o, style_dim, None)
             else:
                 self.convs.append(conv)
-                if not up:
-                    self.to_rgbs.append(ToRGB(shape.image_channels, o, style_dim, shape.upsamples[n // 2 - 1]))
+            if not up:
+                rgb: nn.Module = nn.Identity()  # in the place of one that the architecture lacks
+                if shape.architecture == "skip" or n == len(shape.convs) - 1:
+                    upsample = shape.upsamples[n // 2 - 1] if n and shape.architecture == "skip" else None
+                    rgb = ToRGB(shape.image_channels, o, style_dim, upsample)
+                if n == 0:
+                    self.to_rgb1 = rgb
+                else:
+                    self.to_rgbs.append(rgb)
+            elif self.skips is not None:
+                self.skips.append(SkipConv(shape.convs[n + 1][0], i, shape.upsamples[n // 2]))
             key_resolution, resolution = resolution, resolution * (2 if up else 1)
             self.noises.register_buffer(f"noise_{n}", torch.empty(1, 1, resolution, resolution))
             name = f"layer{n + 2}"
             self._layers[name] = EditableLayer(name, resolution, key_resolution, i, o, k, up, conv.conv)
         self.image_size = resolution
-        self.register_buffer("latent_avg", torch.empty(style_dim))
-        self._truncation, self._truncation_layers, self._noise_mode = 1.0, None, "fixed"
+        self._noise_mode = "fixed"
         self.requires_grad_(False).eval()
 
-    # -- latents -----------------------------------------------------
+    def clamping_parts(self) -> dict[str, StyledConv | ToRGB]:
+        """The parts that may clamp what they put out, under the names of their weights."""
+        parts = {"conv1": self.conv1, "to_rgb1": self.to_rgb1}
+        parts |= {f"convs.{n}": part for n, part in enumerate(self.convs)}
+        parts |= {f"to_rgbs.{n}": part for n, part in enumerate(self.to_rgbs)}
+        return {name: part for name, part in parts.items() if not isinstance(part, nn.Identity)}
 
-    @property
-    def truncation(self) -> float:
-        return self._truncation
+    def file_settings(self) -> dict[str, float]:
+        return {f"{n}.conv_clamp": p.clamp for n, p in self.clamping_parts().items() if p.clamp is not None}
 
-    @truncation.setter
-    def truncation(self, value: float) -> None:
-        value = float(value)
-        if not math.isfinite(value):
-            raise ValueError(f"truncation is a finite number, got {value}")
-        self._truncation = value
-
-    def mapped(self, z: Tensor) -> Tensor:
-        """z: B x z_dim -> w: B x w_dim, before truncation; of the class `label` where the generator has classes.
-
-        In float64: the mapping is a small part of the work, and its rounding is the largest error in the images.
-        """
-        w = _normalised(z.double())
-        if self.embed is not None:
-            one_hot = F.one_hot(torch.tensor([self._label], device=z.device), self.classes)  # 1 x classes
-            label = _normalised(self.embed(one_hot.double()))  # 1 x embedding
-            w = torch.cat([w, label.expand(len(w), -1)], 1)
-        for layer in self.style[1:]:
-            w = layer(w)
-        return w.to(z.dtype)
-
-    @property
-    def num_ws(self) -> int:
-        """How many styles W+ has: one for each layer and one more for the last colours.
-
-        Layer number n takes style n, the colours after it style n + 1, as in rosinality's and NVIDIA's code.
-        """
-        return len(self._layers) + 1
-
-    @property
-    def truncation_layers(self) -> int | None:
-        """Only the first so many styles are truncated; None: all of them."""
-        return self._truncation_layers
-
-    @truncation_layers.setter
-    def truncation_layers(self, value: int | None) -> None:
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= self.num_ws
-        ):
-            raise ValueError(f"truncation_layers is a number of styles from 0 to {self.num_ws} or None, got {value!r}")
-        self._truncation_layers = value
+    # -- noise ---------------------------------------------------------
 
     @property
     def noise_mode(self) -> str:
@@ -261,60 +248,11 @@ class StyleGAN2(Generator):
         self._noise_mode = value
 
     def settings(self) -> dict[str, Any]:
-        mine = {"noise": self._noise_mode} if self._noise_mode != "fixed" else {}
-        if self._truncation_layers is not None and self._truncation != 1:
-            mine["truncation_layers"] = self._truncation_layers
-        return {**super().settings(), **mine}
+        mine = super().settings()
+        return {**mine, "noise": self._noise_mode} if self._noise_mode != "fixed" else mine
 
-    def truncated(self, w: Tensor) -> Tensor:
-        """w: B x w_dim -> the same, or B x num_ws x w_dim where only some styles are truncated."""
-        if self._truncation == 1:
-            return w
-        near = torch.lerp(self.latent_avg, w, self._truncation)
-        if self._truncation_layers is None:
-            return near
-        return self._cut(near, w, self._truncation_layers)
-
-    def _cut(self, first: Tensor, rest: Tensor, count: int) -> Tensor:
-        """B x num_ws x w_dim: `count` styles of one w (B x w_dim), then those of another."""
-        return torch.stack([first if n < count else rest for n in range(self.num_ws)], 1)
-
-    def mixed(self, z: Tensor, other: Tensor, layers: int) -> Tensor:
-        """W+ (B x num_ws x w_dim, truncated) of style mixing: the first `layers` styles of z, the others of `other`.
-
-        z, other: B x z_dim; either may be a batch of one. ValueError for layers outside 0 to num_ws.
-        """
-        if isinstance(layers, bool) or not isinstance(layers, int) or not 0 <= layers <= self.num_ws:
-            raise ValueError(f"layers is a number of styles from 0 to {self.num_ws}, got {layers!r}")
-        ws = [self._spread(self.truncated(self.mapped(self._checked_latents(latent)))) for latent in (z, other)]
-        first, rest = torch.broadcast_tensors(*ws)
-        return torch.cat([first[:, :layers], rest[:, layers:]], 1)
-
-    def _spread(self, w: Tensor) -> Tensor:
-        """B x w_dim or B x num_ws x w_dim -> B x num_ws x w_dim"""
-        return w if w.ndim == 3 else w[:, None].expand(-1, self.num_ws, -1)
-
-    def _checked_w(self, w: Tensor) -> Tensor:
-        shapes = f"B x {self.w_dim} (W) or B x {self.num_ws} x {self.w_dim} (W+)"
-        if not isinstance(w, Tensor):
-            raise TypeError(f"w is a tensor of {shapes}, got {type(w).__name__}")
-        if not w.is_floating_point() or tuple(w.shape[1:]) not in ((self.w_dim,), (self.num_ws, self.w_dim)):
-            raise ValueError(f"w is {shapes} floating point numbers, got {tuple(w.shape)} of {w.dtype}")
-        return w.to(self.device, self.dtype).contiguous()
-
-    def synthesis(self, w: Tensor) -> Tensor:
-        """Images (B x 3 x H x W in [-1, 1]) of w, B x w_dim (W) or B x num_ws x w_dim (W+), as it is: not truncated."""
-        return self._render_from(0, *self._begin_w(self._checked_w(w), render=True))
-
-    def capture_w(self, layer: str | EditableLayer, w: Tensor) -> Activation:
-        """`capture` for w, B x w_dim (W) or B x num_ws x w_dim (W+), as it is: not truncated."""
-        return self._captured(layer, *self._begin_w(self._checked_w(w), render=True))
-
-    def estimated_mean_latent(self) -> Tensor:
-        """The mean of w (w_dim) over MEAN_SAMPLES seeded latents, for files that do not hold it."""
-        z = numbered_latents(range(MEAN_SAMPLES), self.z_dim, seed=0).to(self.device, self.dtype)
-        with torch.no_grad():
-            return self.mapped(z).mean(0)
+    def _setting_defaults(self) -> dict[str, tuple[str, Any]]:
+        return super()._setting_defaults() | {"noise": ("noise_mode", "fixed")}
 
     def mean_style(self, layer: str | EditableLayer) -> Tensor:
         """I: the style of the layer at the mean latent."""
@@ -326,23 +264,43 @@ class StyleGAN2(Generator):
     def _styled(self, index: int) -> StyledConv:
         return self.conv1 if index == 0 else self.convs[index - 1]
 
-    def _begin(self, z: Tensor, render: bool) -> tuple[Tensor, _Carry]:
-        return self._begin_w(self.truncated(self.mapped(z)), render)
-
     def _begin_w(self, w: Tensor, render: bool) -> tuple[Tensor, _Carry]:
         return self.input.input.expand(len(w), -1, -1, -1), _Carry(w, None, render)
 
     def _key(self, index: int, x: Tensor, carry: _Carry) -> tuple[Tensor, Tensor]:
-        style = self._style(self._styled(index).conv, _style_number(carry.w, index))  # B x I
+        style = self._style(self._styled(index).conv, style_number(carry.w, index))  # B x I
         return (x * style[:, :, None, None]).contiguous(memory_format=torch.channels_last), style
 
     def _value(self, index: int, key: Tensor, style: Tensor) -> Tensor:
         styled = self._styled(index)
         conv, weight = styled.conv, styled.conv.weight[0]
+        scale, noise, bias = self._demodulation(conv, style), self._noise_of(index, len(key)), styled.activate.bias
+        if self._fuses(index) and noise.ndim == 2:
+            gain = self._gain(index)
+            return self._fused(index, key, _Constants(None, scale * gain, noise * gain, bias * gain, None))
         x = batch_independent(lambda x: self._convolved(conv, x, weight), key)
-        x = x * self._demodulation(conv, style)[:, :, None, None]
-        x = x + self._noise_of(index, len(x)) + styled.activate.bias[:, None, None]
-        return F.leaky_relu(x, SLOPE) * GAIN
+        x = x * scale[:, :, None, None]
+        x = x + noise + bias[:, None, None]
+        return self._clamped(index, F.leaky_relu(x, SLOPE) * self._gain(index))
+
+    def _gain(self, index: int) -> float:
+        """Of the activation; a block's last layer has half the energy where its input is added to it."""
+        return 1.0 if self.skips is not None and index and index % 2 == 0 else GAIN
+
+    def _clamped(self, index: int, x: Tensor) -> Tensor:
+        """x: B x O x H x W, which may change."""
+        clamp = self._styled(index).clamp
+        if clamp is None:
+            return x
+        clamp *= self._gain(index) / GAIN
+        return x.clamp_(-clamp, clamp)
+
+    def _fuses(self, index: int) -> bool:
+        """Whether this package's convolutions are for the layer."""
+        conv = self._styled(index).conv
+        if not conv3x3_kernel_takes(conv.weight[0]):
+            return False
+        return conv.kernel is None or (tuple(conv.kernel.shape) == (4, 4) and separated(conv.kernel) is not None)
 
     def _demodulation(self, conv: ModulatedConv, style: Tensor) -> Tensor:
         """style: B x I -> B x O, one over the norm of each modulated filter, times the scale of the weights."""
@@ -362,41 +320,77 @@ class StyleGAN2(Generator):
         return filtered(x, conv.kernel, *blur_padding(conv.kernel, weight.shape[-1]), bias)
 
     def _step(self, index: int, x: Tensor, carry: _Carry) -> tuple[Tensor, _Carry]:
-        if not (len(x) == 1 and self._one_by_one(index)):
+        if x.dtype != self.dtype:
+            value = self._value_in_half(index, x, carry.w)
+        elif len(x) == 1 and self._one_by_one(index):
+            value = self._value_of_one(index, x, carry.prepared.get(index) or self._constants(index, carry.w))
+        elif self._fuses(index) and self._noise_mode != "random":
+            value = self._fused(index, x, self._constants(index, carry.w))
+        else:
             return super()._step(index, x, carry)
-        constants = carry.prepared.get(index) or self._constants(index, carry.w)
-        return self._advance(index, self._value_of_one(index, x, constants), carry)
+        return self._advance(index, value, carry)
 
     def _captured_value(self, index: int, x: Tensor, key: Tensor, style: Tensor) -> Tensor:
         if len(x) == 1 and self._one_by_one(index):
             return self._value_of_one(index, x, self._constants_of(index, style))
+        if self._fuses(index):
+            return self._fused(index, x, self._constants_of(index, style))
         return super()._captured_value(index, x, key, style)
 
-    def _constants(self, index: int, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """w: B x w_dim or B x num_ws x w_dim -> what `_value_of_one` needs of layer number `index`."""
-        return self._constants_of(index, self._style(self._styled(index).conv, _style_number(w, index)))
+    def _constants(self, index: int, w: Tensor) -> _Constants:
+        """w: B x w_dim or B x num_ws x w_dim -> what layer number `index` needs beside the map."""
+        return self._constants_of(index, self._style(self._styled(index).conv, style_number(w, index)))
 
-    def _constants_of(self, index: int, style: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """style: B x I -> the same, the scale of the output (B x O), noise (H x W) and bias (O).
+    def _constants_of(self, index: int, style: Tensor) -> _Constants:
+        """style: B x I"""
+        styled, gain = self._styled(index), self._gain(index)
+        scale = self._demodulation(styled.conv, style) * gain
+        prepared = None
+        if self._fuses(index):
+            prepare = prepare_conv3x3 if styled.conv.kernel is None else prepare_upconv3x3
+            prepared = prepare(styled.conv.weight[0])
+        return _Constants(style, scale, self._noise(index) * gain, styled.activate.bias * gain, prepared)
 
-        The gain of the activation is in the last three, for gain * lrelu(x) is lrelu(gain * x).
-        """
-        styled = self._styled(index)
-        scale = self._demodulation(styled.conv, style) * GAIN
-        return style, scale, self._noise(index) * GAIN, styled.activate.bias * GAIN
+    def _fused(self, index: int, x: Tensor, c: _Constants) -> Tensor:
+        """x: B x I x h x w, the input of the layer or its key -> the value, B x O x H x W."""
+        conv = self._styled(index).conv
+        weight, extras = conv.weight[0], {"in_scale": c.style, "out_scale": c.scale, "noise": c.noise, "bias": c.bias}
+        extras |= {"negative_slope": SLOPE, "prepared": c.weight}
+        if conv.kernel is None:
+            return self._clamped(index, conv3x3(x, weight, **extras))
+        return self._clamped(index, upconv3x3(x, weight, *separated(conv.kernel), **extras))
 
-    def _value_of_one(self, index: int, x: Tensor, constants: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    def _value_of_one(self, index: int, x: Tensor, c: _Constants) -> Tensor:
         """x: 1 x I x h x w, the layer's input -> the value, 1 x O x H x W.
 
         Where the map is larger than the weights it is cheaper to modulate these: that leaves two passes over the map
-        beside the convolution.
+        beside the library's convolution.
         """
+        if self._fuses(index):
+            return self._fused(index, x, c)
         conv = self._styled(index).conv
-        style, scale, noise, bias = constants  # 1 x I, 1 x O, H x W, O
-        weight = conv.weight[0] * (scale.t() * style)[:, :, None, None]
+        weight = conv.weight[0] * (c.scale.t() * c.style)[:, :, None, None]
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self._convolved(conv, x, weight, bias)
-        return F.leaky_relu_(x.add_(noise), SLOPE)
+        x = self._convolved(conv, x, weight, c.bias)
+        return self._clamped(index, F.leaky_relu_(x.add_(c.noise), SLOPE))
+
+    def _value_in_half(self, index: int, x: Tensor, w: Tensor) -> Tensor:
+        """x: B x I x h x w in 16 bits, the layer's input -> the value, B x O x H x W in 16 bits.
+
+        What 16 bits may not hold is kept small: weights are scaled, and a style is divided by its largest number,
+        before the convolution and not after it.
+        """
+        styled = self._styled(index)
+        conv = styled.conv
+        style = self._style(conv, style_number(w, index))  # B x I
+        largest = style.abs().amax(1, keepdim=True).clamp_min(EPSILON)
+        gain = self._gain(index)
+        scale = self._demodulation(conv, style) * (largest * gain / conv.scale)  # B x O
+        x = x * (style / largest).to(x.dtype)[:, :, None, None]
+        x = self._convolved(conv, x, (conv.weight[0] * conv.scale).to(x.dtype))
+        x = x * scale.to(x.dtype)[:, :, None, None] + (styled.activate.bias * gain).to(x.dtype)[:, None, None]
+        x = x + (self._noise_of(index, len(x)) * gain).to(x.dtype)
+        return self._clamped(index, F.leaky_relu_(x, SLOPE))
 
     def _prepared(self, index: int, carry: _Carry) -> _Carry:
         later = {i: self._constants(i, carry.w) for i in range(index, len(self._layers)) if self._one_by_one(i)}
@@ -407,12 +401,14 @@ class StyleGAN2(Generator):
         return carry._replace(
             w=carry.w[rows],
             rgb=None if carry.rgb is None else carry.rgb[rows],
-            prepared={i: (style[rows], scale[rows], *rest) for i, (style, scale, *rest) in carry.prepared.items()},
+            block=None if carry.block is None else carry.block[rows],
+            prepared={i: c._replace(style=c.style[rows], scale=c.scale[rows]) for i, c in carry.prepared.items()},
         )
 
     def _joined(self, carries: list[_Carry]) -> _Carry:
-        ws, rgbs = [carry.w for carry in carries], [carry.rgb for carry in carries]
-        return _Carry(torch.cat(ws), None if rgbs[0] is None else torch.cat(rgbs), carries[0].render)
+        ws, rgbs, blocks = ([getattr(carry, name) for carry in carries] for name in ("w", "rgb", "block"))
+        rgb, block = (None if parts[0] is None else torch.cat(parts) for parts in (rgbs, blocks))
+        return _Carry(torch.cat(ws), rgb, carries[0].render, block=block)
 
     def _noise(self, index: int) -> Tensor:
         noise = getattr(self.noises, f"noise_{index}")[0, 0]
@@ -443,9 +439,15 @@ class StyleGAN2(Generator):
         return super()._captured(layer, x, carry)
 
     def _advance(self, index: int, value: Tensor, carry: _Carry) -> tuple[Tensor, _Carry]:
-        if carry.render and index % 2 == 0:
-            to_rgb = self.to_rgb1 if index == 0 else self.to_rgbs[index // 2 - 1]
-            carry = carry._replace(rgb=to_rgb(value, _style_number(carry.w, index + 1), carry.rgb))
+        if index % 2:
+            return value, carry
+        if self.skips is not None:
+            if index:
+                value = value + self.skips[index // 2 - 1](carry.block)
+            carry = carry._replace(block=value)
+        to_rgb = self.to_rgb1 if index == 0 else self.to_rgbs[index // 2 - 1]
+        if carry.render and isinstance(to_rgb, ToRGB):
+            carry = carry._replace(rgb=to_rgb(value, style_number(carry.w, index + 1), carry.rgb))
         return value, carry
 
     def _image(self, x: Tensor, carry: _Carry) -> Tensor:
@@ -463,6 +465,6 @@ class StyleGAN2(Generator):
             blur=conv.kernel,
             bias=self._styled(self._index(layer)).activate.bias.detach(),
             negative_slope=SLOPE,
-            gain=GAIN,
+            gain=self._gain(self._index(layer)),
             padding=layer.kernel_size // 2,
         )

@@ -47,6 +47,8 @@ OPERATORS = {
         ),
         Operator("project_", (torch.float32,), cpu="project_cpu", cuda="project_cuda"),
         Operator("project_adam_", (torch.float32,), cpu="project_cpu", cuda="project_cuda"),
+        Operator("conv3x3", (torch.float32,), cpu="conv3x3_cpu", cuda=None),
+        Operator("upconv3x3", (torch.float32,), cpu="upconv3x3_cpu", cuda=None),
         Operator("insert_low_rank", (torch.float32,), cpu="insertion_steps_cpu", cuda="insertion_steps_cuda"),
     )
 }
@@ -234,3 +236,10 @@ def launch_place(tensor: Tensor) -> tuple[int, int, bool]:
     if tensor.device.type == "cuda":
         return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream, False
     return 0, 0, True
+
+
+def workspace(size: int, like: Tensor) -> Tensor:
+    """Uninitialised bytes beside `like`. torch gives them to nobody else before the current stream is done with them,
+    and a CUDA graph keeps them.
+    """
+    return like.new_empty(size, dtype=torch.uint8)

@@ -49,15 +49,15 @@ def solve_low_rank(
         taps = torch.eye(problem.kernel[0] * problem.kernel[1], dtype=gram.dtype, device=gram.device)
         gram = gram + mu * torch.kron(matrix.double().contiguous(), taps)
     shape = (len(residual), problem.rank, *problem.kernel)
-    if not scale > 0:  # keys of zero: nothing acts on anything
-        return residual.new_zeros(shape)
     right = weighted @ residual.double().t()  # K x O
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     # Where ridge is 0 or the penalty is not positive, rounding may leave a negative eigenvalue: then a larger ridge, up
     # to 1e-4.
     for part in (ridge, max(ridge, 1e-12), max(ridge, 1e-8), max(ridge, 1e-4)):
-        factor, failed = torch.linalg.cholesky_ex(
-            gram + (part * scale) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        )
+        factor, failed = torch.linalg.cholesky_ex(gram + (part * scale) * identity)
+        nothing, failed = torch.stack([scale == 0, failed != 0]).tolist()  # a GPU is waited for once
+        if nothing:  # keys of zero act on nothing
+            return residual.new_zeros(shape)
         if not failed:
             return torch.cholesky_solve(right, factor).t().to(residual.dtype).reshape(shape)
     raise ValueError("penalty[1] (P) has eigenvalues far below 0: expected a positive semidefinite matrix")

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -26,9 +27,11 @@ from pyrewrite.ops.insertion_geometry import (
     DEMODULATION_EPSILON,
     ConvLayer,
     InsertionTarget,
+    Later,
     blur_padding,
     check_direction,
     check_layer,
+    check_numbers,
     check_targets,
     check_tensor,
     conv_crop,
@@ -44,6 +47,7 @@ from pyrewrite.ops.insertion_kernel import run_steps
 
 __all__ = [
     "ConvLayer",
+    "Edit",
     "Insertion",
     "InsertionProblem",
     "InsertionTarget",
@@ -51,6 +55,7 @@ __all__ = [
     "crop_key",
     "demodulation",
     "insert_low_rank",
+    "insert_low_rank_batch",
     "insert_low_rank_ref",
     "insertion_loss",
     "key_size",
@@ -62,6 +67,7 @@ __all__ = [
 
 Penalty = tuple[Tensor, Tensor]  # q: O, P: r x r
 Callback = Callable[[int, float], object]
+BatchCallback = Callable[[int, list[float]], object]
 
 CALLBACK_SECONDS = 0.08  # about how often a callback is called and Ctrl-C is seen
 
@@ -143,12 +149,14 @@ def prepare(
 
     loop=False leaves out cross and gram, which only the loop needs.
     """
-    layer = check_layer(layer)
-    direction = check_direction(layer, direction)
-    targets = check_targets(layer, targets)
+    numbers: Later = []  # looked at together: a GPU is waited for once
+    layer = check_layer(layer, numbers)
+    direction = check_direction(layer, direction, numbers)
+    targets = check_targets(layer, targets, numbers)
     weight = layer.weight
     o, kernel, rank = weight.shape[0], tuple(weight.shape[2:]), direction.shape[0]
-    penalty = check_penalty(penalty, o, rank, weight)
+    penalty = check_penalty(penalty, o, rank, weight, numbers)
+    check_numbers(numbers)
 
     bases, keys = [], []
     # Targets of one size in a row go through one convolution.
@@ -163,8 +171,11 @@ def prepare(
         h, w = target.goal.shape[1:]
         starts.append(starts[-1] + h * w)
         noises.append(weight.new_zeros(h * w) if target.noise is None else target.noise.flatten())
-        w_u = weight.new_ones(h * w) if target.weight is None else target.weight.flatten()
-        weights.append(w_u / w_u.sum() / len(targets))
+        if target.weight is None:
+            weights.append(weight.new_full((h * w,), 1 / (h * w * len(targets))))
+        else:
+            w_u = target.weight.flatten()
+            weights.append(w_u / w_u.sum() / len(targets))
 
     energy = cross = gram = None
     if layer.demodulate:
@@ -196,14 +207,14 @@ def prepare(
     )
 
 
-def check_penalty(penalty: Penalty | None, o: int, rank: int, like: Tensor) -> Penalty | None:
+def check_penalty(penalty: Penalty | None, o: int, rank: int, like: Tensor, later: Later) -> Penalty | None:
     """q (O) and the symmetric part of P (r x r), or None."""
     if penalty is None:
         return None
     if not (isinstance(penalty, tuple | list) and len(penalty) == 2):
         raise TypeError(f"penalty: expected a pair (q, P), got {type(penalty).__name__}")
-    q = check_tensor("penalty[0] (q)", penalty[0], (o,), like)
-    matrix = check_tensor("penalty[1] (P)", penalty[1], (rank, rank), like)
+    q = check_tensor("penalty[0] (q)", penalty[0], (o,), like, later)
+    matrix = check_tensor("penalty[1] (P)", penalty[1], (rank, rank), like, later)
     return q, ((matrix + matrix.t()) / 2).contiguous()
 
 
@@ -252,32 +263,43 @@ def loss_and_gradient(problem: InsertionProblem, lambda_: Tensor) -> tuple[Tenso
 
 
 def run_steps_ref(
-    problem: InsertionProblem,
-    lambda_: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    losses: Tensor,
+    problems: Sequence[InsertionProblem],
+    lambda_: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    losses: Sequence[Tensor],
     first: int,
     count: int,
     lr: float,
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """Steps first ... first + count - 1 of Adam, in place.
+    """Steps first ... first + count - 1 of Adam, in place, of one problem after the other.
 
-    lambda_, exp_avg, exp_avg_sq: O x K. losses: at least first + count.
+    lambda_, exp_avg, exp_avg_sq: of each problem, O x K. losses: at least first + count.
     """
     beta1, beta2 = betas
-    for step in range(first, first + count):
-        loss, gradient = loss_and_gradient(problem, lambda_)
-        losses[step] = loss
-        exp_avg.lerp_(gradient, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (exp_avg_sq.sqrt() / (1 - beta2 ** (step + 1)) ** 0.5).add_(eps)
-        lambda_.addcdiv_(exp_avg, root, value=-lr / (1 - beta1 ** (step + 1)))
+    for problem, x, mean, square, loss in zip(problems, lambda_, exp_avg, exp_avg_sq, losses, strict=True):
+        for step in range(first, first + count):
+            loss[step], gradient = loss_and_gradient(problem, x)
+            mean.lerp_(gradient, 1 - beta1)
+            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            root = (square.sqrt() / (1 - beta2 ** (step + 1)) ** 0.5).add_(eps)
+            x.addcdiv_(mean, root, value=-lr / (1 - beta1 ** (step + 1)))
 
 
-# -- the public function -----------------------------------------------------------------------------------------------
+# -- the public functions ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit of a batch: the arguments of `insert_low_rank` that are its own."""
+
+    layer: ConvLayer
+    direction: Tensor
+    targets: InsertionTarget | Sequence[InsertionTarget]
+    penalty: Penalty | None = None
+    init: Tensor | None = None
 
 
 def insert_low_rank(
@@ -312,32 +334,106 @@ def insert_low_rank(
     Returns an Insertion. No argument is changed. Raises TypeError, ValueError or NonFiniteError (a ValueError), naming
     the argument; RuntimeError where impl is not there.
     """
+
+    def told(done: int, losses: list[float]) -> object:
+        return callback(done, losses[0])
+
+    (result,) = _insert_all(
+        [Edit(layer, direction, targets, penalty, init)], [""], steps, lr, betas, eps,
+        None if callback is None else told, impl,
+    )  # fmt: skip
+    return result
+
+
+def insert_low_rank_batch(
+    edits: Sequence[Edit],
+    *,
+    steps: int = 2001,
+    lr: float = 0.05,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    callback: BatchCallback | None = None,
+    impl: str | None = None,
+) -> list[Insertion]:
+    """`insert_low_rank` for several edits that do not depend on one another, all together; the results are those of one
+    after the other, bit for bit.
+
+    edits     each with its own layer, direction, targets, penalty and init, all on one device and of one dtype. On a
+              GPU, edits of one shape (channels, kernel, rank, sizes of the targets) run side by side, in one launch
+    callback  callback(steps done, last loss of each edit)
+
+    The other arguments and the errors are as in `insert_low_rank`; an error names the edit.
+    """
+    edits = list(edits)
+    for n, edit in enumerate(edits):
+        if not isinstance(edit, Edit):
+            raise TypeError(f"edits[{n}]: expected an Edit, got {type(edit).__name__}")
+    return _insert_all(edits, [f"edits[{n}]: " for n in range(len(edits))], steps, lr, betas, eps, callback, impl)
+
+
+def _insert_all(
+    edits: list[Edit],
+    names: list[str],
+    steps: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    callback: BatchCallback | None,
+    impl: str | None,
+) -> list[Insertion]:
+    """The work of `insert_low_rank` and `insert_low_rank_batch`. names: what errors of an edit begin with."""
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps: expected an integer above 0, got {steps!r}")
     check_adam(lr, betas, eps)
-    problem = prepare(layer, direction, targets, penalty)
-    run = choose_steps(problem, impl)
-    o, kernel = len(problem.base), problem.kernel
-    if init is None:
-        lambda_ = torch.zeros_like(problem.base[:, :1]).expand(-1, len(problem.keys)).contiguous()  # O x K
-    else:
-        lambda_ = check_tensor("init", init, (o, problem.rank, *kernel), problem.base).flatten(1).clone()
-    exp_avg, exp_avg_sq = torch.zeros_like(lambda_), torch.zeros_like(lambda_)
-    losses = torch.zeros(steps, dtype=torch.float64, device=lambda_.device)
+    if not edits:
+        return []
+    problems, lambdas = [], []
+    for edit, name in zip(edits, names, strict=True):
+        with _named(name):
+            problem = prepare(edit.layer, edit.direction, edit.targets, edit.penalty)
+            o, k = len(problem.base), len(problem.keys)
+            if edit.init is None:
+                lambdas.append(problem.base.new_zeros(o, k))
+            else:
+                init = check_tensor("init", edit.init, (o, problem.rank, *problem.kernel), problem.base)
+                lambdas.append(init.flatten(1).clone(memory_format=torch.contiguous_format))
+            first = problems[0].base if problems else problem.base
+            if problem.base.dtype != first.dtype or problem.base.device != first.device:
+                raise TypeError(
+                    f"layer.weight: expected {first.dtype} on {first.device}, as the first edit's, got "
+                    f"{problem.base.dtype} on {problem.base.device}"
+                )
+        problems.append(problem)
+    run = choose_steps(problems[0], impl)
+    means, squares = ([torch.zeros_like(x) for x in lambdas] for _ in range(2))
+    losses = [torch.zeros(steps, dtype=torch.float64, device=x.device) for x in lambdas]
     with torch.no_grad():
         done = 0
         # Without a callback a GPU takes all steps in one launch: there is nothing to wake up for.
-        launch = impl == "cuda" or (impl is None and problem.base.is_cuda)
+        launch = impl == "cuda" or (impl is None and problems[0].base.is_cuda)
         for count in [steps] if launch and callback is None else paced(steps):
-            run(problem, lambda_, exp_avg, exp_avg_sq, losses, done, count, lr, betas, eps)
+            run(problems, lambdas, means, squares, losses, done, count, lr, betas, eps)
             done += count
             if callback is not None:
-                callback(done, losses[done - 1].item())
-        if not torch.isfinite(lambda_).all():
-            raise NonFiniteError(
-                f"the insertion left the finite numbers within {steps} steps; a smaller lr than {lr} may help"
-            )
-        return Insertion(lambda_.reshape(o, problem.rank, *kernel), losses, penalty_value(problem, lambda_).item())
+                callback(done, torch.stack(losses)[:, done - 1].tolist())
+        results = []
+        for problem, x, loss, name in zip(problems, lambdas, losses, names, strict=True):
+            if not torch.isfinite(x).all():
+                raise NonFiniteError(
+                    f"{name}the insertion left the finite numbers within {steps} steps; a smaller lr than {lr} may help"
+                )
+            shape = (len(x), problem.rank, *problem.kernel)
+            results.append(Insertion(x.reshape(shape), loss, penalty_value(problem, x).item()))
+        return results
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Puts `name` before the message of an error about an argument."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}{error}") from error
 
 
 def insert_low_rank_ref(
@@ -369,7 +465,7 @@ def paced(steps: int) -> Sequence[int]:
 
 
 def choose_steps(problem: InsertionProblem, impl: str | None) -> Callable[..., None]:
-    """The function that runs steps of this problem. Raises where `impl` is not there."""
+    """The function that runs steps of problems like this one. Raises where `impl` is not there."""
     chosen = _library.resolve("insert_low_rank", impl, problem.base)
     return run_steps_ref if chosen == "torch" else functools.partial(run_steps, chosen)
 

@@ -6,6 +6,7 @@ one pixel of the convolution's input, a value what the layer puts out there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -231,8 +232,16 @@ def _shape(x: Tensor) -> str:
     return "x".join(map(str, x.shape)) if x.ndim else "a scalar"
 
 
-def check_tensor(name: str, x: object, shape: Sequence[int | str], like: Tensor | None = None) -> Tensor:
-    """x, detached, if it has this shape (a str: any size >= 1), like's dtype and device, and finite numbers."""
+Later = list[tuple[str, Tensor, bool]]  # names, tensors, whether they are weights: numbers to be looked at together
+
+
+def check_tensor(
+    name: str, x: object, shape: Sequence[int | str], like: Tensor | None = None, later: Later | None = None
+) -> Tensor:
+    """x, detached, if it has this shape (a str: any size >= 1), like's dtype and device, and finite numbers.
+
+    later: puts off the look at the numbers; `check_numbers` then looks at all of them.
+    """
     expected = " x ".join(map(str, shape))
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a {expected} tensor, got {type(x).__name__}")
@@ -245,19 +254,34 @@ def check_tensor(name: str, x: object, shape: Sequence[int | str], like: Tensor 
             raise TypeError(f"{name}: expected float32 or float64, got {x.dtype}")
     elif x.dtype != like.dtype or x.device != like.device:
         raise TypeError(f"{name}: expected {like.dtype} on {like.device}, as layer.weight, got {x.dtype} on {x.device}")
-    # A sum is the quicker test; where it overflows or meets NaN, every number is looked at.
-    if not x.sum().isfinite() and not x.isfinite().all():
-        raise NonFiniteError(f"{name} holds NaN or infinity; expected finite numbers")
-    return x.detach()
+    x = x.detach()
+    if later is None:
+        check_numbers([(name, x, False)])
+    else:
+        later.append((name, x, False))
+    return x
 
 
-def check_layer(layer: ConvLayer) -> ConvLayer:
+def check_numbers(numbers: Later) -> None:
+    """Raises NonFiniteError for NaN and infinity, ValueError for weights below 0 or all 0. Waits for a GPU once."""
+    weights = [x for _, x, is_weight in numbers if is_weight]
+    found = torch.stack([*(x.sum() for _, x, _ in numbers), *(x.min() for x in weights)]).tolist()
+    least = iter(found[len(numbers) :])
+    for (name, x, is_weight), total in zip(numbers, found, strict=False):
+        # A sum is the quicker test; where it overflows or meets NaN, every number is looked at.
+        if not math.isfinite(total) and not x.isfinite().all():
+            raise NonFiniteError(f"{name} holds NaN or infinity; expected finite numbers")
+        if is_weight and (next(least) < 0 or not total > 0):
+            raise ValueError(f"{name}: expected weights >= 0, some above 0")
+
+
+def check_layer(layer: ConvLayer, later: Later | None = None) -> ConvLayer:
     """The layer with detached tensors. Raises TypeError, ValueError or NonFiniteError, naming the field."""
-    weight = check_tensor("layer.weight", layer.weight, ("O", "I", "kh", "kw"))
+    weight = check_tensor("layer.weight", layer.weight, ("O", "I", "kh", "kw"), None, later)
     o, _, kh, kw = weight.shape
     blur = layer.blur
     if blur is not None:
-        blur = check_tensor("layer.blur", blur, ("f", "f"), weight)
+        blur = check_tensor("layer.blur", blur, ("f", "f"), weight, later)
         blur_taps(layer)
     elif layer.padding is not None and not 0 <= layer.padding < min(kh, kw):
         raise ValueError(f"layer.padding: expected 0 <= padding < {min(kh, kw)} (the kernel), got {layer.padding}")
@@ -265,12 +289,15 @@ def check_layer(layer: ConvLayer) -> ConvLayer:
         raise ValueError(f"layer.negative_slope: expected a number above 0, got {layer.negative_slope}")
     if not (layer.gain > 0 and layer.scale > 0):
         raise ValueError(f"layer.gain and layer.scale: expected numbers above 0, got {layer.gain} and {layer.scale}")
-    bias = None if layer.bias is None else check_tensor("layer.bias", layer.bias, (o,), weight)
+    bias = None if layer.bias is None else check_tensor("layer.bias", layer.bias, (o,), weight, later)
     return ConvLayer(weight, layer.scale, layer.demodulate, blur, bias, layer.negative_slope, layer.gain, layer.padding)
 
 
-def check_targets(layer: ConvLayer, targets: InsertionTarget | Sequence[InsertionTarget]) -> list[InsertionTarget]:
+def check_targets(
+    layer: ConvLayer, targets: InsertionTarget | Sequence[InsertionTarget], later: Later | None = None
+) -> list[InsertionTarget]:
     """The targets with detached tensors, at least one. `layer` comes from `check_layer`, and errors are as there."""
+    numbers = [] if later is None else later
     targets = [targets] if isinstance(targets, InsertionTarget) else list(targets)
     if not targets:
         raise ValueError("targets is empty: expected at least one InsertionTarget")
@@ -280,26 +307,27 @@ def check_targets(layer: ConvLayer, targets: InsertionTarget | Sequence[Insertio
         name = f"targets[{n}]"
         if not isinstance(target, InsertionTarget):
             raise TypeError(f"{name}: expected an InsertionTarget, got {type(target).__name__}")
-        goal = check_tensor(f"{name}.goal", target.goal, (o, "h", "w"), layer.weight)
+        goal = check_tensor(f"{name}.goal", target.goal, (o, "h", "w"), layer.weight, numbers)
         h, w = goal.shape[1:]
-        key = check_tensor(f"{name}.key", target.key, (i, *key_size(layer, h, w)), layer.weight)
+        key = check_tensor(f"{name}.key", target.key, (i, *key_size(layer, h, w)), layer.weight, numbers)
         style, noise, weight = target.style, target.noise, target.weight
         if layer.demodulate:
             if style is None:
                 raise ValueError(f"{name}.style: None, but the layer demodulates; expected {i} numbers")
-            style = check_tensor(f"{name}.style", style, (i,), layer.weight)
+            style = check_tensor(f"{name}.style", style, (i,), layer.weight, numbers)
         if noise is not None:
-            noise = check_tensor(f"{name}.noise", noise, (h, w), layer.weight)
+            noise = check_tensor(f"{name}.noise", noise, (h, w), layer.weight, numbers)
         if weight is not None:
-            weight = check_tensor(f"{name}.weight", weight, (h, w), layer.weight)
-            if (weight < 0).any() or not weight.sum() > 0:
-                raise ValueError(f"{name}.weight: expected weights >= 0, some above 0")
+            weight = check_tensor(f"{name}.weight", weight, (h, w), layer.weight, [])
+            numbers.append((f"{name}.weight", weight, True))
         checked.append(InsertionTarget(key, goal, style, noise, weight))
+    if later is None:
+        check_numbers(numbers)
     return checked
 
 
-def check_direction(layer: ConvLayer, direction: Tensor) -> Tensor:
+def check_direction(layer: ConvLayer, direction: Tensor, later: Later | None = None) -> Tensor:
     """direction as r x I, r >= 1; one direction may be given as I."""
     if isinstance(direction, Tensor) and direction.ndim == 1:
         direction = direction[None]
-    return check_tensor("direction", direction, ("r", layer.weight.shape[1]), layer.weight)
+    return check_tensor("direction", direction, ("r", layer.weight.shape[1]), layer.weight, later)

@@ -155,15 +155,10 @@ def _add_cuda(moment: Tensor, x: Tensor, precision: str) -> None:
         return
     how = (*_native_view(x), _PRECISIONS.index(precision), _CUDA_FAMILY)
     device, stream, wait = _library.launch_place(x)
-    workspace = _workspace(_library.native().second_moment_workspace(*how, device), x)
+    workspace = _library.workspace(_library.native().second_moment_workspace(*how, device), x)
     _library.native().second_moment_cuda(
         *how, moment.data_ptr(), moment.stride(), workspace.data_ptr(), device, stream, wait
     )
-
-
-def _workspace(size: int, like: Tensor) -> Tensor:
-    """Uninitialised bytes. torch gives them to nobody else before the current stream is done with them."""
-    return like.new_empty(size, dtype=torch.uint8)
 
 
 def _compute_torch(x: Tensor, precision: str) -> Tensor:

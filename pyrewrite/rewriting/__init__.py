@@ -1,7 +1,7 @@
 """Rewriting one layer: selections, directions, solvers and patches."""
 
 from .keys import context_directions, unusual_units
-from .patch import LayerUpdate, LowRankPatch, PatchSet, overlap, shared_directions, stack
+from .patch import LayerUpdate, LowRankPatch, PatchSet, overlap, set_patches, shared_directions, stack
 from .report import EditWarning, Report
 from .rewriter import Rewriter
 from .selection import decode_mask, encode_mask, mask_on_map
@@ -18,6 +18,7 @@ __all__ = [
     "encode_mask",
     "mask_on_map",
     "overlap",
+    "set_patches",
     "shared_directions",
     "stack",
     "unusual_units",

@@ -32,13 +32,15 @@ def context_directions(
     method: str = "zca",
     shrinkage: float = 0.0,
     quantiles: UnitQuantiles | None = None,
+    protect: Tensor | None = None,
 ) -> Tensor:
     """Context examples -> directions D, r x I float32.
 
     moment: second moment C of the layer's keys. examples: (key map I x h x w, area h x w in [0, 1]) of each context
     image. rank: r. method: "zca" (whitened keys, SVD, whitened again, orthonormalised), "mean" (C^-1 of the mean
     key, rank 1), "svd" (of the keys C^-1 k), "gandissect" (unit vectors of the r most unusual units; needs
-    `quantiles`). shrinkage: see SecondMoment.whitener.
+    `quantiles`). shrinkage: see SecondMoment.whitener. protect: m x I orthonormal rows of whitened key space that D may
+    not touch, see `protected_subspace`; "zca" only.
     Raises EditError when the context has fewer painted key pixels than r, or the keys are not finite.
     """
     keys, weights = masked_keys(examples)  # N x I, N
@@ -49,11 +51,22 @@ def context_directions(
         )
     if rank > keys.shape[1]:
         raise EditError(f"rank {rank} is more than the layer's {keys.shape[1]} input channels")
+    if protect is not None and method != "zca":
+        raise EditError(f"protect works with key method 'zca', not with {method!r}")
     if not torch.isfinite(keys).all():
         raise EditError("the keys under the context's masks are not finite (NaN or infinity in the activations)")
     if method == "zca":
         whitener = moment.whitener(shrinkage).to(keys.device)  # I x I
         whitened = weights[:, None] * (keys @ whitener)  # N x I
+        if protect is not None:
+            # Before the SVD, so that the r directions are the best of those that are left.
+            free = torch.linalg.matrix_rank(whitened).item() if len(whitened) < whitened.shape[1] else whitened.shape[1]
+            if rank > free - len(protect):
+                raise EditError(
+                    f"rank {rank} with {len(protect)} protected dimensions is more than the context's {free} key "
+                    "dimensions: expected a smaller rank or protect_rank, or larger masks"
+                )
+            whitened = whitened - (whitened @ protect.t()) @ protect
         directions = _top_singular(whitened, rank) @ whitener  # r x I
         basis = torch.linalg.qr(directions.t()).Q.t()  # r x I, orthonormal rows
         agreement = basis @ whitened.sum(0)  # r
@@ -80,6 +93,30 @@ def context_directions(
     if not torch.isfinite(basis).all():
         raise EditError("the context's directions are not finite: expected a second moment with some energy")
     return basis.float().contiguous()
+
+
+def protected_subspace(
+    moment: SecondMoment, examples: Sequence[tuple[Tensor, Tensor]], *, rank: int, shrinkage: float = 0.0
+) -> tuple[Tensor, float]:
+    """The dominant subspace of protected keys, whitened: U, m x I float64 orthonormal rows, and the part it leaves out.
+
+    Directions D whose rows are orthogonal to U before they are whitened a second time answer with zero to every key k
+    with Z k in the span of U: there W0 + Lambda D acts as W0 does. m is `rank`, or the number of dimensions that the
+    keys have. The part: of the whitened keys' squared length, weighted by the masks. The idea is that of AlphaEdit
+    (Fang et al., ICLR 2025), there for linear layers of language models.
+
+    examples: as in `context_directions`. EditError for keys that are not finite, or empty masks.
+    """
+    keys, weights = masked_keys(examples)  # N x I, N
+    if len(keys) == 0:
+        raise EditError("the protected masks are empty on the key map: expected painted pixels")
+    if not torch.isfinite(keys).all():
+        raise EditError("the keys under the protected masks are not finite (NaN or infinity in the activations)")
+    whitened = weights[:, None] * (keys @ moment.whitener(shrinkage).to(keys.device))  # N x I
+    _, lengths, rows = torch.linalg.svd(whitened, full_matrices=False)
+    energy = lengths.square()
+    m = min(rank, int((lengths > 1e-9 * lengths[0]).sum()))
+    return rows[:m].contiguous(), float(energy[m:].sum() / energy.sum()) if m else 0.0
 
 
 def _top_singular(rows: Tensor, rank: int) -> Tensor:

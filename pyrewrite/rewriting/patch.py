@@ -162,8 +162,8 @@ class LowRankPatch:
         finally:
             self.remove_(generator)
 
-    def save(self, path: str | Path) -> None:
-        """Write a .safetensors file with the factors and their metadata, whole or not at all."""
+    def to_bytes(self) -> bytes:
+        """A .safetensors file with the factors and their metadata."""
         tensors = {}
         for update in self.updates:
             # clone: safetensors refuses tensors that share memory, and the file must hold each on its own
@@ -179,7 +179,11 @@ class LowRankPatch:
             "settings": json.dumps(self.settings),
             "report": json.dumps(report),
         }
-        write_atomically(path, safetensors.torch.save(tensors, metadata=metadata))
+        return safetensors.torch.save(tensors, metadata=metadata)
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_bytes` to a file, whole or not at all."""
+        write_atomically(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | Path) -> LowRankPatch:
@@ -188,23 +192,33 @@ class LowRankPatch:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such patch file")
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (safetensors.SafetensorError, OSError) as error:
-            raise PatchError(f"{path}: not a .safetensors file, or cut off ({error})") from error
+            data = path.read_bytes()
+        except OSError as error:
+            raise PatchError(f"{path}: cannot be read ({error})") from error
+        return cls.from_bytes(data, str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str = "patch") -> LowRankPatch:
+        """The inverse of `to_bytes`; PatchError names `source` and what is wrong with it."""
+        try:
+            tensors = safetensors.torch.load(data)
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            raise PatchError(f"{source}: not a .safetensors file, or cut off ({error})") from error
         if metadata.get("format") != FORMAT:
-            raise PatchError(f"{path}: a .safetensors file, but not a patch (metadata 'format' is not {FORMAT!r})")
+            raise PatchError(f"{source}: a .safetensors file, but not a patch (metadata 'format' is not {FORMAT!r})")
         if metadata.get("version") != FORMAT_VERSION:
-            raise PatchError(f"{path}: patch version {metadata.get('version')!r}; this release reads {FORMAT_VERSION}")
+            raise PatchError(
+                f"{source}: patch version {metadata.get('version')!r}; this release reads {FORMAT_VERSION}"
+            )
         try:
             layers = json.loads(metadata["layers"])
             fields = {k: json.loads(metadata.get(k, "null")) for k in ("generator", "settings", "report")}
             updates = [LayerUpdate(n, tensors[f"{n}.direction"], tensors[f"{n}.lambda"]) for n in layers]
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise PatchError(f"{path}: damaged metadata or factors missing ({error})") from error
+            raise PatchError(f"{source}: damaged metadata or factors missing ({error})") from error
         except PatchError as error:
-            raise PatchError(f"{path}: {error}") from error
+            raise PatchError(f"{source}: {error}") from error
         return cls(updates, name=metadata.get("name") or None, **fields)
 
 
@@ -227,6 +241,24 @@ class PatchSet:
         touched = {u.layer for p in self.active for u in p.updates}
         for layer in [name for name in self.original if name not in touched]:
             del self.original[layer]
+
+    def replace(self, generator: Generator, active: Sequence[LowRankPatch]) -> None:
+        """Make `active`, in that order, the active patches: all of it or, on an error, none of it."""
+        before, kept = self.active, dict(self.original)
+        touched = list(dict.fromkeys(u.layer for p in [*before, *active] for u in p.updates))
+        try:
+            for layer in touched:
+                if layer not in self.original:
+                    self.original[layer] = generator.layers[layer].weight.detach().clone()
+            self.active = list(active)
+            self._write_layers(generator, touched)
+        except BaseException:
+            self.active = before
+            self._write_layers(generator, [layer for layer in touched if layer in self.original])
+            self.original = kept
+            raise
+        used = {u.layer for p in active for u in p.updates}
+        self.original = {layer: weight for layer, weight in self.original.items() if layer in used}
 
     def _set_active(self, generator: Generator, active: list[LowRankPatch], changed: LowRankPatch) -> None:
         """Make `active` the active patches and write the layers of `changed`: all of it or, on an error, none of it."""
@@ -258,9 +290,30 @@ class PatchSet:
         return (original.double() + total.view(original.shape)).to(original.dtype)
 
     def _write(self, generator: Generator, patch: LowRankPatch) -> None:
+        self._write_layers(generator, [update.layer for update in patch.updates])
+
+    def _write_layers(self, generator: Generator, layers: Sequence[str]) -> None:
         with torch.no_grad():
+            for layer in layers:
+                generator.layers[layer].weight.copy_(self.weight(layer))
+
+
+def set_patches(generator: Generator, patches: Sequence[LowRankPatch]) -> None:
+    """Make exactly `patches`, summed in that order, the active ones: the same list always leaves the same bits.
+
+    Raises PatchError, with the generator as it was, for a patch that does not fit, one that is in the list twice, or
+    weights that something else has changed.
+    """
+    with _lock:
+        active = generator.patches or PatchSet(generator.weights_hash())
+        active.check(generator)
+        for patch in patches:
             for update in patch.updates:
-                generator.layers[update.layer].weight.copy_(self.weight(update.layer))
+                _check_fits(update, generator)
+        if len({p.digest for p in patches}) < len(patches):
+            raise PatchError("a patch is in the list twice: applying one twice is refused")
+        active.replace(generator, patches)
+        generator.patches = active if active.active else None
 
 
 def _check_fits(update: LayerUpdate, generator: Generator) -> None:

@@ -25,7 +25,9 @@ class Report:
     of the generator without and with the patch. loss_shown: the last loss that the loop itself recorded.
     targets: one dict a target image: image, before, after. context_changed: share of the targets whose loss fell by
     at least 10 %. relative_size: ||Delta W|| / ||W0||. islands: the sizes in pixels of each mask's separate regions,
-    where there are several. seconds: by stage.
+    where there are several. protected: None, or what became of the protected pixels: `dimensions` of key space that
+    the edit may not touch, `left_out`, the part of the protected keys' energy (whitened) outside of them, and `change`,
+    the mean change of the layer's values there as a part of their mean size. seconds: by stage.
     """
 
     layer: str
@@ -39,11 +41,12 @@ class Report:
     relative_size: float
     targets: list[dict[str, float]]
     islands: dict[str, list[int]] = field(default_factory=dict)
+    protected: dict[str, float] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def judge(self) -> None:
-        """Fill `warnings` from the measures and warn (EditWarning) about each."""
+    def judge(self, warn: bool = True) -> None:
+        """Fill `warnings` from the measures and, unless told not to, warn (EditWarning) about each."""
         if self.loss_before > 0 and self.loss_after > NOT_TAKEN * self.loss_before:
             self.warnings.append(
                 f"the edit did not take: the loss in the pasted boxes was {self.loss_before:.4g} and is "
@@ -62,7 +65,7 @@ class Report:
                 self.warnings.append(
                     f"{what} has {len(strays)} stray regions ({sum(strays)} pixels): they steer the edit too"
                 )
-        for text in self.warnings:
+        for text in self.warnings if warn else ():
             warnings.warn(text, EditWarning, stacklevel=3)
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,6 +76,14 @@ class Report:
             f"{self.layer}, {self.method}, rank {self.rank}, {len(self.targets)} targets, {self.steps} steps",
             f"loss in the pasted boxes {self.loss_before:.4f} -> {self.loss_after:.4f}",
             f"changed in {self.context_changed:.0%} of the targets; size {self.relative_size:.3f} of the weights",
+            *([_protection(self.protected)] if self.protected else []),
             *(f"warning: {text}" for text in self.warnings),
         ]
         return "\n".join(lines)
+
+
+def _protection(protected: dict[str, float]) -> str:
+    return (
+        f"protected: {protected['dimensions']} dimensions, which leave out {protected['left_out']:.0%} of the keys; "
+        f"values there changed by {protected['change']:.1%}"
+    )

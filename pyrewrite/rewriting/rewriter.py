@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,14 +14,14 @@ from ..errors import EditError
 from ..generators import Activation, Generator
 from ..ops import demodulation, insert_low_rank, insert_projected, solve_low_rank
 from ..statistics import LayerStatistics, SecondMoment, collect, top_images
-from .keys import context_directions, unusual_units
+from .keys import context_directions, protected_subspace, unusual_units
 from .patch import LayerUpdate, LowRankPatch
 from .report import CHANGED, Report
 from .selection import Box, bounding_box, decode_mask, islands, mask_on_map
 from .targets import (
-    CAPTURE_BATCH,
     Captured,
     Placed,
+    activations,
     capture,
     context_examples,
     cut_object,
@@ -41,7 +41,8 @@ class Rewriter:
     layer: a name out of `generator.layers`. samples, seed: images 0 to samples - 1 of that seed make the statistics;
     the seed also says which image a number in a record means. cache_dir: folder of the statistics cache (None: the
     user's cache folder, False: none). progress: of the statistics, True for a bar on stderr, False for none, or a
-    function of (images done, images in all). statistics: ready ones instead of collecting them.
+    function of (images done, images in all). statistics: ready ones instead of collecting them. follow: collect anew
+    when the keys change with the weights; False keeps what is there. warn: reports warn (EditWarning) beside saying so.
 
     Raises UnknownLayerError for a layer that is not there.
     """
@@ -56,15 +57,19 @@ class Rewriter:
         cache_dir: str | Path | bool | None = None,
         progress: Callable[[int, int], None] | bool = True,
         statistics: LayerStatistics | None = None,
+        follow: bool = True,
+        warn: bool = True,
     ) -> None:
         self.generator = generator
         self.layer = generator.find_layer(layer).name
         self.samples = samples
         self.seed = seed
         self.cache_dir = cache_dir
+        self.warn = warn
         self._progress = progress
+        self._follow = follow
         self._statistics = statistics or self._collect()
-        self._keys_hash = self._hash_of_keys()
+        self._keys_hash = self._hash_of_keys() if follow else None
 
     # -- statistics --------------------------------------------------------------------------------------------------
 
@@ -93,6 +98,8 @@ class Rewriter:
     @property
     def statistics(self) -> LayerStatistics:
         """The layer's statistics for the generator as it is now; collected again when its keys have changed."""
+        if not self._follow:
+            return self._statistics
         now = self._hash_of_keys()
         if now != self._keys_hash:
             self._statistics = self._collect()
@@ -116,7 +123,7 @@ class Rewriter:
         settings = settings or edit.resolve()
         context = self._context(edit)
         return self._directions(
-            capture(self.generator, self.layer, [s.image for s in context], self.seed), context, settings
+            self.capture([s.image for s in [*context, *edit.protect]], edit.latents), context, settings, edit.protect
         )
 
     def solve(
@@ -126,6 +133,7 @@ class Rewriter:
         *,
         progress: Progress | None = None,
         impl: str | None = None,
+        captured: Captured | None = None,
         **overrides,
     ) -> LowRankPatch:
         """Solve an edit, or several together, and return it as a patch; the generator is left as it was.
@@ -133,6 +141,7 @@ class Rewriter:
         preset: "official" for the published behaviour. overrides: settings such as rank=30 or method="least_squares"
         (see Settings). Several edits share one solution: their directions are joined and every target counts.
         progress: called with (steps done, loss); whatever it raises ends the solve. impl: of the insertion op.
+        captured: the images that `images_of` names, where they are at hand.
 
         The patch's `.report` says what the edit leaves in the generator; EditWarning where it did not take.
         Raises EditError for a record that cannot be solved, NonFiniteError for NaN or infinity in the activations.
@@ -143,16 +152,17 @@ class Rewriter:
         settings = self._settings(edits[0], preset, overrides)
         clock = _Clock()
         wanted = [n for e in edits for n in _numbers(e, settings)]
-        captured = capture(self.generator, self.layer, wanted, self.seed)
+        latents = {n: w for e in edits for n, w in e.latents.items()}
+        captured = captured or self.capture(wanted, latents)
         clock.lap("capture")
-        direction = _join([self._directions(captured, self._context(e), settings) for e in edits])  # r x I
+        direction = _join([self._directions(captured, self._context(e), settings, e.protect) for e in edits])  # r x I
         clock.lap("directions")
         targets = [target for e in edits for target in self._targets(captured, e, settings)]
-        patch = self._insert(targets, captured, direction, settings, clock, progress, impl)
+        patch = self._insert(targets, captured, direction, settings, clock, progress, impl, edits)
         patch.name = " + ".join(e.name or "edit" for e in edits)
         for e in edits:
             patch.report.islands.update(_islands(e))
-        patch.report.judge()
+        patch.report.judge(warn=self.warn)
         return patch
 
     def erase(
@@ -181,7 +191,7 @@ class Rewriter:
         if settings.targets == "paste" and edit.paste is None:
             raise EditError("field 'paste' is missing: with targets='paste' an erase needs the image it names")
         chosen = [edit.paste] if settings.targets == "paste" else context
-        captured = capture(self.generator, self.layer, [s.image for s in [*context, *chosen]], self.seed)
+        captured = self.capture([s.image for s in [*context, *chosen, *edit.protect]], edit.latents)
         examples = context_examples(captured, context, self._image_size)
         silenced, scores = unusual_units(self.moment, examples, units)
         if float(scores.max()) <= 1:
@@ -189,7 +199,7 @@ class Rewriter:
                 "no unit is more active under the masks than it is on average: there is nothing to erase there"
             )
         clock.lap("capture")
-        direction = self._directions(captured, context, settings)
+        direction = self._directions(captured, context, settings, edit.protect)
         conv = self.generator.conv_layer(self.layer)
         targets = []
         for selection in chosen:
@@ -200,12 +210,14 @@ class Rewriter:
             size = captured.value_size
             box = Box(0, 0, *size)
             if not whole:
-                box = bounding_box(mask_on_map(selection.mask, size, self._image_size, "context mask"), "context mask")
+                what = "context mask"
+                area = mask_on_map(selection.mask, size, self._image_size, what, captured.margin)
+                box = bounding_box(area, what)
             targets.append(make_target(conv, captured, selection.image, goal, box))
-        patch = self._insert(targets, captured, direction, settings, clock, progress, impl)
+        patch = self._insert(targets, captured, direction, settings, clock, progress, impl, [edit])
         patch.name = edit.name
         patch.settings["units"] = units
-        patch.report.judge()
+        patch.report.judge(warn=self.warn)
         return patch
 
     def zero(self, edit: Edit, **overrides) -> LowRankPatch:
@@ -213,8 +225,8 @@ class Rewriter:
         settings = self._settings(edit, None, overrides)
         clock = _Clock()
         context = self._context(edit)
-        captured = capture(self.generator, self.layer, [s.image for s in context], self.seed)
-        direction = self._directions(captured, context, settings)  # r x I
+        captured = self.capture([s.image for s in [*context, *edit.protect]], edit.latents)
+        direction = self._directions(captured, context, settings, edit.protect)  # r x I
         weight = self.generator.conv_layer(self.layer).weight.detach()  # O x I x kh x kw
         lambda_ = -torch.einsum("oiyx,di->odyx", weight.double(), direction.double())  # O x r x kh x kw
         relative = float(lambda_.norm() / weight.norm())
@@ -234,14 +246,33 @@ class Rewriter:
         direction = self.directions(edit, edit.resolve(rank=1, key_method="zca"))[0]  # I
         return top_images(self.generator, self.layer, direction, samples=samples or self.samples, seed=self.seed, k=k)
 
-    @torch.no_grad()
-    def activations(self, numbers: Iterable[int]) -> list[Activation]:
+    def activations(self, numbers: Iterable[int], latents: Mapping[int, Tensor] | None = None) -> list[Activation]:
         """Keys and values of numbered images at the layer, in batches, for `pasted` and `rendered`: what comes before
-        the layer runs once for all of them.
+        the layer runs once for all of them. latents: see `Edit.latents`.
         """
-        numbers = list(numbers)
-        batches = (numbers[first : first + CAPTURE_BATCH] for first in range(0, len(numbers), CAPTURE_BATCH))
-        return [self.generator.capture(self.layer, self.generator.latents(batch, self.seed)) for batch in batches]
+        return activations(self.generator, self.layer, numbers, self.seed, latents)
+
+    def capture(self, numbers: Iterable[int], latents: Mapping[int, Tensor] | None = None) -> Captured:
+        """Keys and values of numbered images at the layer, each image once, as `closed_form` takes them."""
+        return capture(self.generator, self.layer, numbers, self.seed, latents)
+
+    def closed_form(self, edit: Edit, captured: Captured, settings: Settings | None = None) -> LowRankPatch:
+        """The edit solved by least squares from images that are at hand: a patch without a report, in milliseconds.
+
+        captured: of all the images that `images_of` names. The generator is not touched.
+        Raises EditError as `solve` does.
+        """
+        settings = settings or self._settings(edit, None, {})
+        direction = self._directions(captured, self._context(edit), settings, edit.protect)  # r x I
+        targets = [p.target for p in self._targets(captured, edit, settings)]
+        penalty = self._penalty(direction, settings.preserve)
+        conv = self.generator.conv_layer(self.layer)
+        lambda_ = solve_low_rank(conv, direction, targets, penalty=penalty)
+        return LowRankPatch([LayerUpdate(self.layer, direction.cpu(), lambda_.float().cpu())], name=edit.name)
+
+    def images_of(self, edit: Edit, settings: Settings | None = None) -> list[int]:
+        """The numbers of the images that solving the edit looks at, each once."""
+        return list(dict.fromkeys(_numbers(edit, settings or edit.resolve())))
 
     @torch.no_grad()
     def rendered(self, activations: Iterable[Activation], patch: LowRankPatch) -> Tensor:
@@ -267,8 +298,8 @@ class Rewriter:
         """
         where = mask or (edit.paste or self._context(edit)[0]).mask
         given = list(numbers)
-        batches = given if given and isinstance(given[0], Activation) else self.activations(given)
-        source = capture(self.generator, self.layer, [_required(edit.object, "object").image], self.seed)
+        batches = given if given and isinstance(given[0], Activation) else self.activations(given, edit.latents)
+        source = self.capture([_required(edit.object, "object").image], edit.latents)
         thing = cut_object(source, edit.object, self._image_size)
         images = []
         alpha = torch.zeros(source.value_size)  # H x W of the value map
@@ -279,8 +310,9 @@ class Rewriter:
             images.append(self.generator.finish(self.layer, activation, value))
         if images:
             alpha[box.slices()] = thing.alpha.cpu()
+        rows, columns = (slice(thing.margin, n - thing.margin) for n in source.value_size)  # what the picture shows
         shown = torch.nn.functional.interpolate(
-            alpha[None, None], self._image_size, mode="bilinear", align_corners=False
+            alpha[None, None, rows, columns], self._image_size, mode="bilinear", align_corners=False
         )
         return torch.cat(images) if images else self._no_images(), shown[0, 0]
 
@@ -309,6 +341,13 @@ class Rewriter:
             raise EditError(
                 f"setting 'seed': the record's image numbers belong to seed {seed}, the Rewriter's is {self.seed}"
             )
+        here = self.generator.settings()
+        if edit.images is not None and edit.images != here and {"label": 0, **edit.images} != {"label": 0, **here}:
+            said, is_ = (", ".join(f"{n} {v}" for n, v in what.items()) or "defaults" for what in (edit.images, here))
+            raise EditError(
+                f"field 'images': the record's pictures were made with {said}, the generator is set to {is_}: "
+                "generator.apply_settings(edit.images) follows the record"
+            )
         settings = edit.resolve(preset, **overrides)
         if settings.method == "projected" and settings.preserve > 0:
             given = overrides.get("preserve") or (edit.settings.get("preserve") if preset is None else None)
@@ -323,7 +362,9 @@ class Rewriter:
             raise EditError("fields 'key' and 'paste' are both missing: expected a context")
         return context
 
-    def _directions(self, captured: Captured, context: list[Selection], settings: Settings) -> Tensor:
+    def _directions(
+        self, captured: Captured, context: list[Selection], settings: Settings, protect: Sequence[Selection] = ()
+    ) -> Tensor:
         return context_directions(
             self.moment,
             context_examples(captured, context, self._image_size),
@@ -331,7 +372,13 @@ class Rewriter:
             method=settings.key_method,
             shrinkage=settings.shrinkage,
             quantiles=self._quantiles() if settings.key_method == "gandissect" else None,
+            protect=self._protected(captured, protect, settings)[0] if protect else None,
         )
+
+    def _protected(self, captured: Captured, protect: Sequence[Selection], settings: Settings) -> tuple[Tensor, float]:
+        """The protected subspace, m x I, and the part of the protected keys that it leaves out."""
+        examples = context_examples(captured, protect, self._image_size, "protect mask")
+        return protected_subspace(self.moment, examples, rank=settings.protect_rank, shrinkage=settings.shrinkage)
 
     def _targets(self, captured: Captured, edit: Edit, settings: Settings) -> list[Placed]:
         conv = self.generator.conv_layer(self.layer)
@@ -347,6 +394,7 @@ class Rewriter:
                 margin=settings.margin,
                 surroundings=settings.crop == "surroundings",
                 what=what,
+                shift=edit.places.get(selection.image),
             )
             for what, selection in _places(edit, settings)
         ]
@@ -384,6 +432,7 @@ class Rewriter:
         clock: _Clock,
         progress: Progress | None,
         impl: str | None,
+        edits: Sequence[Edit],
     ) -> LowRankPatch:
         conv = self.generator.conv_layer(self.layer)
         targets = [p.target for p in placed]
@@ -404,7 +453,7 @@ class Rewriter:
                 lambda_, shown = result.lambda_, float(result.losses[-1])
         clock.lap("solve")
         patch = self._patch(direction, lambda_, settings)
-        patch.report = self._measure(patch, placed, captured, settings, shown)
+        patch.report = self._measure(patch, placed, captured, settings, shown, edits)
         clock.lap("report")
         patch.report.seconds = clock.seconds
         return patch
@@ -417,15 +466,22 @@ class Rewriter:
                 "family": self.generator.family,
                 "hash": patches.original_hash if patches else self.generator.weights_hash(),
             },
-            settings={name: getattr(settings, name) for name in settings.__dataclass_fields__},
+            settings={name: getattr(settings, name) for name in settings.__dataclass_fields__}
+            | self.generator.settings(),
         )
 
     def _measure(
-        self, patch: LowRankPatch, placed: list[Placed], captured: Captured, settings: Settings, shown: float | None
+        self,
+        patch: LowRankPatch,
+        placed: list[Placed],
+        captured: Captured,
+        settings: Settings,
+        shown: float | None,
+        edits: Sequence[Edit],
     ) -> Report:
         """Apply the patch, run the target images through the generator again, compare with the goals, take it off."""
         with patch.applied(self.generator):
-            after = capture(self.generator, self.layer, captured.index, self.seed)
+            after = self.capture(captured.index, {n: w for e in edits for n, w in e.latents.items()})
         losses = []
         for target in placed:
             row = captured.index[target.image]
@@ -444,7 +500,29 @@ class Rewriter:
             context_changed=sum(t["after"] <= (1 - CHANGED) * t["before"] for t in losses) / len(losses),
             relative_size=float(patch.updates[0].delta().norm() / weight.detach().double().norm()),
             targets=losses,
+            protected=self._protection(edits, captured, after, settings),
         )
+
+    def _protection(
+        self, edits: Sequence[Edit], before: Captured, after: Captured, settings: Settings
+    ) -> dict[str, float] | None:
+        """What became of the protected pixels; None where nothing is protected."""
+        regions = [s for e in edits for s in e.protect]
+        if not regions:
+            return None
+        parts = [self._protected(before, e.protect, settings) for e in edits if e.protect]
+        change = size = 0.0
+        for selection in regions:
+            what = "protect mask"
+            area = mask_on_map(selection.mask, before.value_size, self._image_size, what, before.margin)  # H x W
+            row, area = before.index[selection.image], area.to(before.value.device)
+            change += float(((after.value[row] - before.value[row]).abs().mean(0) * area).sum())
+            size += float((before.value[row].abs().mean(0) * area).sum())
+        return {
+            "dimensions": sum(len(u) for u, _ in parts),
+            "left_out": max(left_out for _, left_out in parts),
+            "change": change / size if size > 0 else 0.0,
+        }
 
 
 class _Clock:
@@ -474,6 +552,10 @@ def _places(edit: Edit, settings: Settings) -> list[tuple[str, Selection]]:
         return places
     seen = {edit.paste.image} if edit.paste else set()
     places += [(f"context mask {i}", s) for i, s in enumerate(edit.context) if s.image not in seen]
+    left_out = {n for n, place in edit.places.items() if not place.on}
+    if places and all(s.image in left_out for _, s in places):
+        raise EditError("every place is switched off: expected at least one picture to paste the object into")
+    places = [(what, s) for what, s in places if s.image not in left_out]
     if not places:
         raise EditError("fields 'paste' and 'key' are both missing: expected where to paste the object")
     return places
@@ -482,12 +564,13 @@ def _places(edit: Edit, settings: Settings) -> list[tuple[str, Selection]]:
 def _numbers(edit: Edit, settings: Settings) -> list[int]:
     _required(edit.object, "object")
     selections = [edit.object, *(s for _, s in _places(edit, settings)), *edit.context]
-    return [s.image for s in selections]
+    return [s.image for s in [*selections, *edit.protect]]
 
 
 def _islands(edit: Edit) -> dict[str, list[int]]:
     named = [("object mask", edit.object), ("paste mask", edit.paste)]
     named += [(f"context mask {i}", s) for i, s in enumerate(edit.context)]
+    named += [(f"protect mask {i}", s) for i, s in enumerate(edit.protect)]
     found = {}
     for what, selection in named:
         if selection is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -72,9 +73,12 @@ def encode_mask(mask: np.ndarray | Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def mask_on_map(url: str, size: tuple[int, int], image_size: tuple[int, int], what: str = "mask") -> Tensor:
+def mask_on_map(
+    url: str, size: tuple[int, int], image_size: tuple[int, int], what: str = "mask", margin: int = 0
+) -> Tensor:
     """The mask on a map of `size` (rows, columns): float32 H x W in [0, 1].
 
+    margin: pixels of the map around the picture, on every side; nothing is painted there.
     The mask may be of another size than the image (the official tool paints on 256 x 256 canvases for every
     generator) but must have the image's proportions, else EditError.
     """
@@ -84,8 +88,9 @@ def mask_on_map(url: str, size: tuple[int, int], image_size: tuple[int, int], wh
             f"{what}: the mask is {image.width} x {image.height} pixels and the image "
             f"{image_size[1]} x {image_size[0]}: expected the same proportions"
         )
-    resized = image.resize((size[1], size[0]), resample=Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(resized)).float() / 255  # H x W
+    resized = image.resize((size[1] - 2 * margin, size[0] - 2 * margin), resample=Image.Resampling.BILINEAR)
+    area = torch.from_numpy(np.array(resized)).float() / 255
+    return torch.nn.functional.pad(area, (margin,) * 4) if margin else area  # H x W
 
 
 def bounding_box(area: Tensor, what: str = "mask") -> Box:
@@ -125,8 +130,27 @@ def grow(box: Box, margin: int, size: tuple[int, int]) -> Box:
 
 def islands(area: Tensor) -> list[int]:
     """The sizes in pixels of the 4-connected regions of area > 0 (H x W), largest first."""
+    runs, root = _runs(area)
+    sizes: dict[int, int] = {}
+    for number, (_, start, end) in enumerate(runs):
+        sizes[root(number)] = sizes.get(root(number), 0) + end - start
+    return sorted(sizes.values(), reverse=True)
+
+
+def connected_region(area: Tensor, y: int, x: int) -> Tensor:
+    """The 4-connected region of area > 0 (H x W) that pixel (y, x) is in, H x W bool; empty where it is in none."""
+    runs, root = _runs(area)
+    region = torch.zeros(area.shape, dtype=torch.bool)
+    here = [i for i, (row, start, end) in enumerate(runs) if row == y and start <= x < end]
+    for number, (row, start, end) in enumerate(runs):
+        if here and root(number) == root(here[0]):
+            region[row, start:end] = True
+    return region
+
+
+def _runs(area: Tensor) -> tuple[list[tuple[int, int, int]], Callable[[int], int]]:
+    """The runs of area > 0 in each row, (row, start, end), and a function from a run's number to its region's."""
     parent: list[int] = []  # of a run's region; a root is its own parent
-    sizes: list[int] = []
 
     def root(run: int) -> int:
         while parent[run] != run:
@@ -138,17 +162,15 @@ def islands(area: Tensor) -> list[int]:
     edges = np.diff(painted, axis=1, prepend=0, append=0)  # 1 where a run of painted pixels starts, -1 after its end
     rows, starts = (edges == 1).nonzero()
     ends = (edges == -1).nonzero()[1]
-    above: list[tuple[int, int, int]] = []  # the runs in the row above: start, end, number
-    runs: list[tuple[int, int, int]] = []  # those in this row
+    runs = list(zip(rows.tolist(), starts.tolist(), ends.tolist(), strict=True))
+    above = here = range(0)  # numbers of the runs in the row above, and in this one so far
     current = -1
-    for run, (row, start, end) in enumerate(zip(rows.tolist(), starts.tolist(), ends.tolist(), strict=True)):
+    for number, (row, start, end) in enumerate(runs):
         if row != current:
-            above, runs, current = runs if row == current + 1 else [], [], row
-        parent.append(run)
-        sizes.append(end - start)
-        for other_start, other_end, other in above:
-            if other_start < end and start < other_end and (found := root(other)) != root(run):
-                sizes[root(run)] += sizes[found]
-                parent[found] = root(run)
-        runs.append((start, end, run))
-    return sorted((size for run, size in enumerate(sizes) if parent[run] == run), reverse=True)
+            above, here, current = here if row == current + 1 else range(0), range(number, number), row
+        parent.append(number)
+        for other in above:
+            if runs[other][1] < end and start < runs[other][2]:
+                parent[root(other)] = root(number)
+        here = range(here.start, number + 1)
+    return runs, root

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from ..edit import Selection
+from ..edit import Place, Selection
 from ..errors import EditError, NonFiniteError
 from ..generators import Activation, Generator
 from ..ops import ConvLayer, InsertionTarget, crop_key, layer_values
@@ -22,6 +23,7 @@ class Captured:
     """Keys, values and styles of some numbered images at one layer.
 
     key: B x I x h x w. value: B x O x H x W. style: B x I or None. noise: H x W or None. index: image number -> row.
+    margin, key_margin: pixels of the value map and of the key map around the picture, on every side.
     """
 
     key: Tensor
@@ -29,6 +31,8 @@ class Captured:
     style: Tensor | None
     noise: Tensor | None
     index: dict[int, int]
+    margin: int = 0
+    key_margin: int = 0
 
     @property
     def key_size(self) -> tuple[int, int]:
@@ -39,21 +43,60 @@ class Captured:
         return self.value.shape[2], self.value.shape[3]
 
 
-def capture(generator: Generator, layer: str, numbers: Iterable[int], seed: int) -> Captured:
-    """Run the numbered images up to the layer. NonFiniteError names the layer and the images with NaN or infinity."""
-    distinct = list(dict.fromkeys(numbers))
-    parts: list[Activation] = []
+def activations(
+    generator: Generator, layer: str, numbers: Iterable[int], seed: int, latents: Mapping[int, Tensor] | None = None
+) -> list[Activation]:
+    """The numbered images run up to the layer, in batches, in their order.
+
+    latents: image number -> w, for pictures that the generator's numbers do not reach (StyleGAN2 only).
+    """
+    numbers = list(numbers)
+    latents = latents or {}
+    parts = []
     with torch.no_grad():
-        for first in range(0, len(distinct), CAPTURE_BATCH):
-            parts.append(generator.capture(layer, generator.latents(distinct[first : first + CAPTURE_BATCH], seed)))
+        for brought, run in _runs(numbers, latents):
+            for first in range(0, len(run), CAPTURE_BATCH):
+                batch = run[first : first + CAPTURE_BATCH]
+                if brought:
+                    parts += [_capture_w(generator, layer, latents[n]) for n in batch]
+                else:
+                    parts.append(generator.capture(layer, generator.latents(batch, seed)))
+    return parts
+
+
+def _runs(numbers: Sequence[int], latents: Mapping[int, Tensor]) -> list[tuple[bool, list[int]]]:
+    """Numbers in a row that are brought pictures, or are not."""
+    return [(brought, list(run)) for brought, run in groupby(numbers, key=lambda n: n in latents)]
+
+
+def _capture_w(generator: Generator, layer: str, w: Tensor) -> Activation:
+    if not hasattr(generator, "capture_w"):
+        raise EditError(f"pictures from w need a StyleGAN2; this is a {generator.family}")
+    try:
+        return generator.capture_w(layer, w[None])
+    except ValueError as error:
+        raise EditError(f"field 'pyrewrite.latents': {error}") from error
+
+
+def captured_from(layer: str, numbers: Sequence[int], parts: Sequence[Activation]) -> Captured:
+    """Activations of the numbered images, joined. NonFiniteError names layer and images with NaN or infinity."""
     key = torch.cat([p.key for p in parts])  # B x I x h x w
     value = torch.cat([p.value for p in parts])  # B x O x H x W
     finite = torch.isfinite(key).flatten(1).all(1) & torch.isfinite(value).flatten(1).all(1)  # B
     if not finite.all():
-        bad = [n for n, good in zip(distinct, finite.tolist(), strict=True) if not good]
+        bad = [n for n, good in zip(numbers, finite.tolist(), strict=True) if not good]
         raise NonFiniteError(f"{layer}: the activations of image {', '.join(map(str, bad[:8]))} are not finite")
     style = torch.cat([p.style for p in parts]) if parts[0].style is not None else None  # B x I
-    return Captured(key, value, style, parts[0].noise, {n: i for i, n in enumerate(distinct)})
+    index = {n: i for i, n in enumerate(numbers)}
+    return Captured(key, value, style, parts[0].noise, index, parts[0].margin, parts[0].key_margin)
+
+
+def capture(
+    generator: Generator, layer: str, numbers: Iterable[int], seed: int, latents: Mapping[int, Tensor] | None = None
+) -> Captured:
+    """Run the numbered images up to the layer, each once; see `activations` and `captured_from`."""
+    distinct = list(dict.fromkeys(numbers))
+    return captured_from(layer, distinct, activations(generator, layer, distinct, seed, latents))
 
 
 @dataclass(frozen=True)
@@ -81,31 +124,62 @@ class Placed:
 
 @dataclass(frozen=True)
 class PastedObject:
-    """The object as it is pasted: values O x h x w inside the box of its mask, alpha h x w."""
+    """The object as it is pasted: values O x h x w inside the box of its mask, alpha h x w.
+
+    margin: of the maps it was cut from.
+    """
 
     values: Tensor
     alpha: Tensor
+    margin: int = 0
 
 
 def cut_object(captured: Captured, selection: Selection, image_size: tuple[int, int]) -> PastedObject:
     """The object's values inside the bounding box of its mask, and the mask there as alpha (paper, section 3.2)."""
-    area = mask_on_map(selection.mask, captured.value_size, image_size, "object mask").to(captured.value.device)
+    area = mask_on_map(selection.mask, captured.value_size, image_size, "object mask", captured.margin)
+    area = area.to(captured.value.device)
     rows, columns = bounding_box(area, "object mask").slices()
     values = captured.value[captured.index[selection.image]]
-    return PastedObject(values[:, rows, columns], area[rows, columns])
+    return PastedObject(values[:, rows, columns], area[rows, columns], captured.margin)
 
 
 def paste_values(
-    values: Tensor, thing: PastedObject, selection: Selection, image_size: tuple[int, int], what: str
+    values: Tensor,
+    thing: PastedObject,
+    selection: Selection,
+    image_size: tuple[int, int],
+    what: str,
+    shift: Place | None = None,
 ) -> tuple[Tensor, Box]:
-    """values O x H x W with the object composited at the centre of the selection's mask, and the box it fills."""
+    """values O x H x W with the object composited at the centre of the selection's mask, and the box it fills.
+
+    shift: moves it from there, by picture pixels rounded to those of the map.
+    """
     size = (values.shape[1], values.shape[2])
-    center = bounding_box(mask_on_map(selection.mask, size, image_size, what), what).center
-    box = place(thing.values.shape[1], thing.values.shape[2], center, size)
+    box = landing(thing.alpha.shape, size, selection, image_size, what, shift, thing.margin)
     rows, columns = box.slices()
     goal = values.clone()
     goal[:, rows, columns] = (1 - thing.alpha) * values[:, rows, columns] + thing.alpha * thing.values
     return goal, box
+
+
+def landing(
+    thing: tuple[int, int],
+    size: tuple[int, int],
+    selection: Selection,
+    image_size: tuple[int, int],
+    what: str,
+    shift: Place | None = None,
+    margin: int = 0,
+) -> Box:
+    """Where an object of `thing` = (height, width) pixels lands on a value map of `size`, of which `margin` pixels on
+    every side lie around the picture.
+    """
+    y, x = bounding_box(mask_on_map(selection.mask, size, image_size, what, margin), what).center
+    if shift is not None:
+        y += round(shift.dy * (size[0] - 2 * margin) / image_size[0])
+        x += round(shift.dx * (size[1] - 2 * margin) / image_size[1])
+    return place(thing[0], thing[1], (y, x), size)
 
 
 def paste_target(
@@ -119,11 +193,12 @@ def paste_target(
     margin: int,
     surroundings: bool,
     what: str,
+    shift: Place | None = None,
 ) -> Placed:
     """The insertion target for one image: the object at the centre of its mask, with `margin` unchanged pixels around
     its box.
     """
-    goal, box = paste_values(captured.value[captured.index[selection.image]], thing, selection, image_size, what)
+    goal, box = paste_values(captured.value[captured.index[selection.image]], thing, selection, image_size, what, shift)
     weight = None
     if weighting == "alpha":
         weight = torch.zeros(captured.value_size, device=goal.device)  # H x W
@@ -172,13 +247,14 @@ def value_of(conv: ConvLayer, captured: Captured, row: int, key: Tensor) -> Tens
 
 
 def context_examples(
-    captured: Captured, selections: Iterable[Selection], image_size: tuple[int, int]
+    captured: Captured, selections: Iterable[Selection], image_size: tuple[int, int], what: str = "context mask"
 ) -> list[tuple[Tensor, Tensor]]:
     """The context as (key map I x h x w, area h x w) pairs for `keys.context_directions`."""
     examples = []
     for i, selection in enumerate(selections):
-        area = mask_on_map(selection.mask, captured.key_size, image_size, f"context mask {i}").to(captured.key.device)
+        area = mask_on_map(selection.mask, captured.key_size, image_size, f"{what} {i}", captured.key_margin)
+        area = area.to(captured.key.device)
         if not (area > 0).any():
-            raise EditError(f"context mask {i} (image {selection.image}) is empty: expected painted pixels")
+            raise EditError(f"{what} {i} (image {selection.image}) is empty: expected painted pixels")
         examples.append((captured.key[captured.index[selection.image]], area))
     return examples

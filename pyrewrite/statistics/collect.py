@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyrewrite._memory import free_memory, is_out_of_memory, lowered
 from pyrewrite.errors import NonFiniteError
 from pyrewrite.statistics.cache import StatisticsCache
 from pyrewrite.statistics.quantiles import UnitQuantiles
@@ -22,6 +21,7 @@ from pyrewrite.statistics.second_moment import SecondMoment
 if TYPE_CHECKING:
     from pyrewrite.generators.base import EditableLayer, Generator
 
+LATENTS = 8192  # drawn at once
 Progress = Callable[[int, int], object]  # (images done, images in all)
 
 
@@ -122,34 +122,40 @@ def scan_keys(
     check_count("samples", samples)
     if batch_size is not None:
         check_count("batch_size", batch_size)
-    if latents is None:
-        latents = generator.latents(range(first, samples), seed=seed)  # images x z
-    total = len(latents)
+    total = samples - first if latents is None else len(latents)
     size = min(total, batch_size or batch_size_by_memory(generator, layer))
     while True:
         try:
-            state = begin()
+            state, finite = begin(), FiniteKeys(layer)
             with report(progress, total, f"keys of {layer}") as advance, torch.no_grad():
-                for at in range(0, total, size):
-                    keys = generator.keys(layer, latents[at : at + size])  # B x I x h x w
-                    require_finite(keys, layer, first + at)
+                for at, z in _in_batches(generator, first, total, seed, size, latents):
+                    keys = generator.keys(layer, z)  # B x I x h x w
+                    finite.look(keys, first + at)
                     add(state, first + at, keys)
                     advance(min(total, at + size))
+                finite.finish()
             return state, size
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not is_out_of_memory(error):
                 raise
-        # Outside the handler: the traceback that it holds keeps the failed batch's tensors alive.
-        state = keys = None
-        gc.collect()
-        if generator.device.type == "cuda":
-            torch.cuda.empty_cache()
-        warnings.warn(
-            f"out of memory with {size} images at a time at {layer}: starting again with {size // 2}",
-            RuntimeWarning,
-            stacklevel=3,
+        state = keys = finite = None
+        size = lowered(size, generator.device, layer)
+
+
+def _in_batches(
+    generator: Generator, first: int, total: int, seed: int, size: int, latents: Tensor | None
+) -> Iterator[tuple[int, Tensor]]:
+    """Where a batch begins, from 0, and its latents. Those of many images are drawn part by part: drawing begins at
+    image 0 each time, but what is in memory does not grow with their number.
+    """
+    part = size * max(1, LATENTS // size)
+    for begin in range(0, total, part):
+        end = min(total, begin + part)
+        drawn = (
+            generator.latents(range(first + begin, first + end), seed=seed) if latents is None else latents[begin:end]
         )
-        size //= 2
+        for at in range(0, end - begin, size):
+            yield begin + at, drawn[at : at + size]
 
 
 def batch_size_by_memory(generator: Generator, layer: str) -> int:
@@ -158,8 +164,7 @@ def batch_size_by_memory(generator: Generator, layer: str) -> int:
     # The widest maps on the way, in and out, several of them alive at once, float32.
     per_image = 32 * (info.in_channels * key_pixels(info) + info.out_channels * info.resolution**2)
     if generator.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(generator.device)
-        return max(1, min(256, free // 4 // per_image))
+        return max(1, min(256, free_memory(generator.device) // 4 // per_image))
     return max(1, min(32, (1 << 26) // per_image))
 
 
@@ -169,24 +174,47 @@ def key_pixels(layer: EditableLayer) -> int:
     return layer.key_resolution**2 if size is None else size[0] * size[1]
 
 
-def require_finite(keys: Tensor, layer: str, first: int) -> None:
-    """NonFiniteError naming the layer and the image numbers, unless all of B x I x h x w is finite."""
-    finite = torch.isfinite(keys).flatten(1).all(1)  # B
-    if not finite.all():
+class FiniteKeys:
+    """Looks for NaN and infinity in batch after batch of a layer's keys; NonFiniteError names the layer and the images.
+
+    On a GPU a batch's answer is asked for when the next one has been queued: the host never waits for all that it has
+    queued, and the GPU does not run out of work between batches. `finish` asks for the last one's.
+    """
+
+    def __init__(self, layer: str) -> None:
+        self.layer = layer
+        self._asked: tuple[torch.cuda.Event, Tensor, Tensor, int] | None = None
+
+    def look(self, keys: Tensor, first: int) -> None:
+        """keys: B x I x h x w, of image number `first` on."""
+        # A sum reads the keys once; where it overflows or meets NaN, every number is looked at.
+        sums = keys.sum((1, 2, 3), dtype=torch.promote_types(keys.dtype, torch.float32))  # B
+        if keys.device.type != "cuda":
+            self._judge(sums, keys, first)
+            return
+        answer = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)
+        event = torch.cuda.current_stream(keys.device).record_event()
+        self.finish()
+        self._asked = event, answer, keys, first
+
+    def finish(self) -> None:
+        if self._asked is not None:
+            event, answer, keys, first = self._asked
+            self._asked = None
+            event.synchronize()
+            self._judge(answer, keys, first)
+
+    def _judge(self, sums: Tensor, keys: Tensor, first: int) -> None:
+        if sums.isfinite().all():
+            return
+        finite = torch.isfinite(keys).flatten(1).all(1)  # B
         numbers = [first + i for i in (~finite).nonzero()[:, 0].tolist()]
-        listed = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
-        raise NonFiniteError(
-            f"the activations at {layer} are NaN or infinite in image{'s' * (len(numbers) > 1)} {listed}: "
-            "the generator's weights are damaged, or too large for their number type"
-        )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the CPU."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+        if numbers:
+            listed = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+            raise NonFiniteError(
+                f"the activations at {self.layer} are NaN or infinite in image{'s' * (len(numbers) > 1)} {listed}: "
+                "the generator's weights are damaged, or too large for their number type"
+            )
 
 
 def check_count(name: str, value: int) -> None:

@@ -25,6 +25,11 @@ from pyrewrite.statistics.whitening import matrix_power
 DAMAGED_FILE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
+KEPT_POWERS = (
+    4  # matrix powers, d x d each: a decomposition takes as long as all else that an edit does before its loop
+)
+
+
 class SecondMoment:
     """Streaming second moment of d-dimensional keys.
 
@@ -42,6 +47,7 @@ class SecondMoment:
         self.precision = precision
         self.count = 0
         self.total = torch.zeros(d, d, dtype=torch.float64, device=device)  # d x d
+        self._powers: dict[tuple, Tensor] = {}  # the last few, of the sum as it is
 
     @property
     def d(self) -> int:
@@ -95,7 +101,13 @@ class SecondMoment:
 
     def power(self, exponent: float, shrinkage: float = 0.0) -> Tensor:
         """(C + shrinkage * mean(eigenvalue) I) ^ exponent, d x d float64; see `whitening.matrix_power`."""
-        return matrix_power(self.matrix, exponent, shrinkage=shrinkage, name="the second moment")
+        state = (self.count, self.total.data_ptr(), self.total._version)
+        key = (exponent, shrinkage, *state)
+        if key not in self._powers:
+            if len(self._powers) >= KEPT_POWERS or any(k[2:] != state for k in self._powers):
+                self._powers.clear()
+            self._powers[key] = matrix_power(self.matrix, exponent, shrinkage=shrinkage, name="the second moment")
+        return self._powers[key].clone()
 
     def whitener(self, shrinkage: float = 0.0) -> Tensor:
         """Z = C^(-1/2), d x d float64 and symmetric: whitened keys Z k have the identity as second moment."""

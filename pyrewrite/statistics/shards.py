@@ -24,6 +24,7 @@ from pyrewrite._files import write_atomically
 from pyrewrite.generators.base import Generator
 from pyrewrite.statistics.cache import StatisticsCache
 from pyrewrite.statistics.collect import (
+    LATENTS,
     LayerStatistics,
     Progress,
     batch_size_by_memory,
@@ -79,10 +80,12 @@ def collect_shared(
     counted: list[tuple[int, int, int]] = []
     failed: Exception | None = None
     try:
-        latents = generator.latents([n for shard in own for n in range(*shard)], seed=seed)  # images x z
         at, images = 0, sum(last - first for first, last in own)
         with report(progress if rank == 0 else None, images, f"keys of {layer}, this process") as advance:
-            for first, last in own:
+            for number, (first, last) in enumerate(own):
+                if number % (LATENTS // SHARD) == 0:  # drawn together, or every shard would draw from image 0 on
+                    part, place = own[number : number + LATENTS // SHARD], 0
+                    latents = generator.latents([n for shard in part for n in range(*shard)], seed=seed)  # images x z
                 shard = None if folder is None else _read(folder, key, first, last, info.in_channels, pixels)
                 if shard is None:
                     shard, _ = scan_keys(
@@ -94,13 +97,13 @@ def collect_shared(
                         samples=last,
                         seed=seed,
                         batch_size=size,
-                        latents=latents[at : at + last - first],
+                        latents=latents[place : place + last - first],
                     )
                     if folder is not None:
                         _write(folder, key, first, last, shard)
                 moment.merge(shard)
                 counted.append((first, last, shard.count))
-                at += last - first
+                at, place = at + last - first, place + last - first
                 advance(at)
     except Exception as error:
         failed = error  # raised below: the others wait for this process's answer

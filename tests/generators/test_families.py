@@ -377,7 +377,8 @@ def test_images_of_the_public_code(save, path):
     with np.load(path) as stored:
         arrays = {name: torch.from_numpy(stored[name]) for name in stored.files}
     state = {name.removeprefix("weights/"): t for name, t in arrays.items() if name.startswith("weights/")}
-    generator = load_generator(save(state))
+    settings = {name.removeprefix("settings/"): t.item() for name, t in arrays.items() if name.startswith("settings/")}
+    generator = load_generator(save({"G_ema": state, **settings} if settings else state))
     if generator.classes:
         generator.label = 1
     with torch.no_grad():
@@ -387,7 +388,12 @@ def test_images_of_the_public_code(save, path):
         if "truncated" in arrays:
             generator.truncation = 0.6
             torch.testing.assert_close(generator(arrays["z"]), arrays["truncated"].clamp(-1, 1), rtol=0, atol=TOLERANCE)
+        if "transformed" in arrays:  # StyleGAN3, with a turn, a stretch and a shift of the user's
+            generator.truncation = 1
+            generator.input.transform.copy_(arrays["transform"])
+            wanted = arrays["transformed"].clamp(-1, 1)
+            torch.testing.assert_close(generator(arrays["z"]), wanted, rtol=0, atol=TOLERANCE)
 
 
 def test_golden_files_are_there():
-    assert len(list(GOLDEN.glob("*.npz"))) == 6
+    assert len(list(GOLDEN.glob("*.npz"))) == 11

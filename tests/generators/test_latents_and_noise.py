@@ -4,8 +4,10 @@ import generators_reference
 import nvidia_reference as reference
 import pytest
 import torch
+from support import mask_url
 
-from pyrewrite import Rewriter
+from pyrewrite import Edit, Rewriter, Selection
+from pyrewrite.errors import EditError
 from pyrewrite.generators import load_generator
 from pyrewrite.statistics.cache import StatisticsCache
 
@@ -175,3 +177,65 @@ def test_statistics_belong_to_the_label(tmp_path):
     first = rewriter.moment.matrix.clone()
     generator.label = 2
     assert not torch.equal(rewriter.moment.matrix, first)
+
+
+def test_rows_of_an_activation_and_back():
+    """Each image's row is what it would be alone, shares no memory, and joins to the same pictures."""
+    from pyrewrite import load_generator
+
+    for name, layer in (("peeps", "layer5"), ("peeps-progan", "layer4")):
+        g = load_generator(name)
+        with torch.no_grad():
+            batch = g.capture(layer, g.latents([3, 1, 4]))
+            rows = g.rows_of(batch)
+            assert [len(r.key) for r in rows] == [1, 1, 1]
+            assert len({r.key.untyped_storage().data_ptr() for r in rows}) == 3
+            torch.testing.assert_close(rows[1].value, g.capture(layer, g.latents([1])).value, atol=1e-3, rtol=1e-3)
+            pictures = g.finish(layer, g.joined([rows[2], rows[0]]))
+            torch.testing.assert_close(pictures, g.finish(layer, batch)[[2, 0]], atol=1e-4, rtol=1e-3)
+
+
+def test_settings_are_applied_and_others_are_defaults(tmp_path, generator):
+    torch.save(reference.random_state(classes=3), tmp_path / "x.pt")
+    labelled = load_generator(tmp_path / "x.pt", truncation=0.5)
+    labelled.label, labelled.noise_mode, labelled.truncation_layers = 2, "none", 4
+    said = labelled.settings()
+    assert said == {"label": 2, "noise": "none", "truncation_layers": 4}
+    other = load_generator(tmp_path / "x.pt", truncation=0.5)
+    other.apply_settings(said)
+    assert other.settings() == said
+    assert torch.equal(other.images([1]), labelled.images([1]))
+    for bad in ({"label": 7, "noise": "fixed"}, {"noise": "loud"}, {"tiles": 3}, {"truncation_layers": 99}):
+        with pytest.raises(ValueError, match=r"label|noise|tiles|truncation_layers"):
+            other.apply_settings(bad)
+        assert other.settings() == said
+    other.apply_settings({})
+    assert other.settings() == {"label": 0}
+    with pytest.raises(ValueError, match="no class labels"):
+        generator.apply_settings({"label": 1})
+    with pytest.raises(ValueError, match="a progan has no setting 'noise' for its images, only label"):
+        load_generator("peeps-progan").apply_settings({"noise": "none"})
+
+
+def test_a_solve_refuses_pictures_of_other_settings(tmp_path):
+    torch.save(reference.random_state(classes=3, channels=(8, 8, 8)), tmp_path / "x.pt")
+    generator = load_generator(tmp_path / "x.pt")
+    box = mask_url(16, 2, 2, 12, 12)
+    quick = {"rank": 1, "steps": 2, "method": "least_squares"}
+    edit = Edit(Selection(0, box), Selection(1, box), [Selection(1, box)], images={"label": 2, "noise": "none"})
+    rewriter = Rewriter(generator, "layer4", samples=6, cache_dir=False, progress=False)
+    rewriter.warn = False
+    with pytest.raises(
+        EditError, match=r"made with label 2, noise none, the generator is set to label 0: generator\.ap"
+    ):
+        rewriter.solve(edit, **quick)
+    generator.apply_settings(edit.images)
+    patch = rewriter.solve(edit, **quick)
+    assert (patch.settings["label"], patch.settings["noise"]) == (2, "none")
+    edit.images = None  # an official record does not say
+    rewriter.solve(edit, **quick)
+    edit.images = {}
+    with pytest.raises(EditError, match="made with defaults, the generator is set to label 2, noise none"):
+        rewriter.solve(edit, **quick)
+    generator.apply_settings({})
+    assert "noise" not in rewriter.solve(edit, **quick).settings

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import pickle
+import re
 
 import numpy as np
 import nvidia_reference as reference
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from pyrewrite.errors import CheckpointError, CheckpointMismatchError, DamagedCheckpointError, NonFiniteWeightsError
-from pyrewrite.generators import load_generator
+from pyrewrite.generators import load_generator, save_generator
+from pyrewrite.ops import InsertionTarget, crop_key, layer_values
 
 
 @pytest.fixture
@@ -159,22 +161,40 @@ def test_missing_noise_and_mean_latent(save, source):
     assert any("no mean latent" in note for note in generator.notes)
 
 
-def test_clamping_is_noted(save, source):
+@pytest.mark.parametrize("batch", [1, 3])
+def test_clamped_layers(save, source, tmp_path, batch):
     state = reference.random_state()
-    settings = {"synthesis.b8.conv0.conv_clamp": 256, "synthesis.b8.use_fp16": True}
-    notes = load_generator(save(snapshot(state, source, settings))).notes
-    assert any("clamps layers at 256" in note for note in notes)
+    parts = {n.rpartition(".")[0] for n in state if re.fullmatch(r"synthesis\.b\d+\.(conv\d|torgb)\.weight", n)}
+    settings = {f"{part}.conv_clamp": 0.5 for part in parts} | {"synthesis.b8.use_fp16": True}
+    settings["synthesis.b8.conv1.conv_clamp"] = 1
+    clamps = {name.removesuffix(".conv_clamp"): value for name, value in settings.items() if "clamp" in name}
+    generator = load_generator(save(snapshot(state, source, settings)))
+    z = torch.randn(batch, 7, generator=torch.Generator().manual_seed(5))
+    assert largest_difference(generator, state, z, clamps=clamps) < 1e-5
+    assert largest_difference(generator, state, z) > 0.1
+    for name in generator.layers:
+        captured = generator.capture(name, z)
+        assert float(captured.value.abs().max()) == (1 if name == "layer4" else 0.5)
+        torch.testing.assert_close(generator.finish(name, captured), generator(z), rtol=0, atol=1e-6)
+    for name in ("x.pt", "x.safetensors"):
+        again = load_generator(save_generator(generator, tmp_path / name))
+        assert again.file_settings() == generator.file_settings()
+        assert torch.equal(again(z), generator(z))
+    for bad in (0, -1, float("nan"), "256"):
+        with pytest.raises(CheckpointMismatchError, match=r"convs\.0\.conv_clamp is .*above 0"):
+            load_generator(save(snapshot(state, source, {"synthesis.b8.conv0.conv_clamp": bad})))
 
 
 @pytest.mark.parametrize(
     ("settings", "names", "what"),
     [
-        ({"synthesis.b8.architecture": "resnet"}, {}, "residual connections"),
-        ({}, {"synthesis.b8.skip.weight": (5, 6, 1, 1)}, "residual connections"),
-        ({"synthesis.b8.architecture": "orig"}, {}, "without skip connections"),
+        ({"synthesis.b8.architecture": "resnet"}, {}, r"missing .*synthesis\.b8\.skip\.weight"),
+        ({}, {"synthesis.b8.skip.weight": (5, 6, 1, 1)}, r"missing .*synthesis\.b16\.skip\.weight"),
+        ({"synthesis.b8.architecture": "orig"}, {}, r"extra .*synthesis\.b4\.torgb"),
+        ({"synthesis.b8.architecture": "dense"}, {}, "architecture 'dense'; known are skip, orig and resnet"),
         ({"mapping.fc0.activation": "relu"}, {}, r"mapping\.fc0\.activation is 'relu'"),
         ({"mapping.fc0.bias_gain": 0.1}, {}, r"mapping learns at 0\.1"),
-        ({}, {"synthesis.L0_36_16.weight": (2, 2)}, "StyleGAN3"),
+        ({}, {"synthesis.L0_36_16.weight": (2, 2)}, r"extra \(1\): synthesis\.L0_36_16\.weight"),
         ({}, {"synthesis.b8.conv2.weight": (2, 2)}, r"extra \(1\): synthesis\.b8\.conv2\.weight"),
         ({}, {"synthesis.b64.conv1.weight": (2, 2)}, "expected each twice the one before"),
     ],
@@ -185,14 +205,40 @@ def test_other_architectures_are_refused_by_name(save, source, settings, names, 
         load_generator(save(snapshot(state, source, settings)))
 
 
-def test_no_skips(save, source):
-    state = {
-        name: tensor
-        for name, tensor in reference.random_state().items()
-        if not name.startswith(("synthesis.b4.torgb", "synthesis.b8.torgb"))
-    }
-    with pytest.raises(CheckpointMismatchError, match="without skip connections"):
-        load_generator(save(snapshot(state, source)))
+@pytest.mark.parametrize("architecture", ["orig", "resnet"])
+@pytest.mark.parametrize(
+    "shape", [{}, {"channels": (16, 32, 16)}, {"channels": (4,)}, {"taps": (1, 2, 3, 5, 8, 13, 21, 34)}], ids=str
+)
+def test_other_architectures(save, source, tmp_path, architecture, shape):
+    """Colours of the last block alone, and residual connections: images, edits, files."""
+    state = reference.random_state(architecture=architecture, **shape)
+    blocks = {name.rsplit(".", 2)[0] for name in state if name.endswith("conv1.weight")}
+    settings = {f"{block}.architecture": architecture for block in blocks}
+    settings |= {f"{block}.skip.activation": "linear" for block in blocks if f"{block}.skip.weight" in state}
+    generator = load_generator(save(snapshot(state, source, settings)))
+    z = torch.randn(3, 7, generator=torch.Generator().manual_seed(5))
+    assert largest_difference(generator, state, z) < 1e-5
+    assert largest_difference(generator, state, z[:1]) < 1e-5
+    without = load_generator(save({"G_ema": state}))  # no settings: the names tell
+    assert without.weights_hash() == generator.weights_hash()
+    for name in generator.layers:
+        captured = generator.capture(name, z)
+        torch.testing.assert_close(generator.finish(name, captured), generator(z), rtol=0, atol=1e-5)
+        conv, whole = generator.conv_layer(name), (0, 0, *captured.value.shape[2:])
+        target = InsertionTarget(
+            crop_key(conv, captured.key[0], whole), captured.value[0], captured.style[0], captured.noise
+        )
+        torch.testing.assert_close(layer_values(conv, target), captured.value[0], rtol=0, atol=1e-5)
+    again = load_generator(save_generator(generator, tmp_path / "x.safetensors"))
+    assert again.weights_hash() == generator.weights_hash()
+    assert torch.equal(again(z), generator(z))
+    if len(generator.layers) > 1:
+        assert again.architecture == architecture
+        with pytest.raises(ValueError, match=f"architecture '{architecture}' has no place"):
+            save_generator(generator, tmp_path / "x.pt")
+    exact = generator(z)
+    generator.precision = "fp16"
+    assert 0 < (generator(z) - exact).abs().mean() < 2e-3
 
 
 @pytest.mark.parametrize(

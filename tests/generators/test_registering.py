@@ -116,7 +116,7 @@ def test_arguments(example, state, path):
         pr.register_family("decoder", matches=len, load=decoder)
     with pytest.raises(TypeError, match="matches and load are functions"):
         pr.register_family("other", matches=3, load=decoder)
-    with pytest.raises(ValueError, match="family is one of stylegan2, progan, dcgan, decoder or None"):
+    with pytest.raises(ValueError, match="family is one of stylegan2, stylegan3, progan, dcgan, decoder or None"):
         pr.load_generator(path, family="other")
     pr.register_family("decoder", matches=len, load=lambda tensors: tensors, replace=True)
     with pytest.raises(TypeError, match="returned a dict of the family None"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from insertion_support import case, cast, full_weight, penalty_for
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrewrite.errors import NonFiniteError
 from pyrewrite.ops import ConvLayer, InsertionTarget, insertion_loss, layer_values, solve_low_rank
@@ -109,3 +110,34 @@ def test_errors():
         solve_low_rank(layer, direction, InsertionTarget(targets[0].key, targets[0].goal * float("nan")))
     with pytest.raises(ValueError, match="targets is empty"):
         solve_low_rank(layer, direction, [])
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be a launch on a GPU (views are none), and the times that a single number is waited for."""
+
+    VIEWS = ("view", "expand", "permute", "transpose", "t.", "unsqueeze", "select", "slice", "detach", "alias", "diag")
+
+    def __init__(self):
+        super().__init__()
+        self.launches = self.waits = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        name = str(function).removeprefix("aten.")
+        self.waits += name.startswith(("_local_scalar_dense", "is_nonzero"))
+        self.launches += not name.startswith((*self.VIEWS, "_local_scalar_dense", "is_nonzero", "_unsafe_view"))
+        return function(*arguments, **(named or {}))
+
+
+def test_it_launches_little():
+    """On a GPU eight targets of the usual size are bound by launches: six of each target, and some fifty in all."""
+    counted = []
+    for targets in (1, 8):
+        arguments = cast(*case(i=40, rank=30, demodulate=True, sizes=((12, 36),) * targets))
+        arguments = (*arguments[:2], [InsertionTarget(t.key, t.goal, t.style, t.noise) for t in arguments[2]])
+        solve_low_rank(*arguments)
+        with Launches() as launches:
+            solve_low_rank(*arguments)
+        assert launches.waits == 0
+        counted.append(launches.launches)
+    assert counted[1] - counted[0] <= 6 * 7
+    assert counted[1] <= 100

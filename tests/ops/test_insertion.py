@@ -16,20 +16,20 @@ from insertion_support import FIELDS, autograd_low_rank, case, cast, full_weight
 from pyrewrite.errors import NonFiniteError
 from pyrewrite.ops import (
     ConvLayer,
+    Edit,
     InsertionTarget,
     MissingKernelError,
     _library,
     crop_key,
     insert_low_rank,
+    insert_low_rank_batch,
     insert_low_rank_ref,
     insertion_loss,
     key_size,
     layer_values,
 )
 from pyrewrite.ops import insertion as insertion_module
-from pyrewrite.ops.insertion import prepare
 from pyrewrite.ops.insertion_geometry import conv_crop, unfold_keys, upsample_margins
-from pyrewrite.ops.insertion_kernel import insertion_steps_
 
 # -- geometry ----------------------------------------------------------------------------------------------------------
 
@@ -160,11 +160,14 @@ def insert(monkeypatch, on_device):
     """insert_low_rank with an impl; "cuda" puts the case on the device, and whatever the call makes from it."""
     run_steps = insertion_module.run_steps
 
-    def placed(impl, problem, *rest):
-        for x in (*vars(problem).values(), *(problem.penalty or ()), *rest):
-            if isinstance(x, torch.Tensor):
-                on_device(x)
-        return run_steps(impl, problem, *rest)
+    def placed(impl, problems, lambda_, exp_avg, exp_avg_sq, losses, *rest):
+        for problem in problems:
+            for x in (*vars(problem).values(), *(problem.penalty or ())):
+                if isinstance(x, torch.Tensor):
+                    on_device(x)
+        for x in (*lambda_, *exp_avg, *exp_avg_sq, *losses):
+            on_device(x)
+        return run_steps(impl, problems, lambda_, exp_avg, exp_avg_sq, losses, *rest)
 
     def moved(x):
         return None if x is None else on_device(x)
@@ -173,14 +176,30 @@ def insert(monkeypatch, on_device):
         if impl != "cuda":
             return insert_low_rank(layer, direction, targets, impl=impl, **settings)
         monkeypatch.setattr(insertion_module, "run_steps", placed)
-        layer = replace(layer, weight=moved(layer.weight), blur=moved(layer.blur), bias=moved(layer.bias))
-        targets = [InsertionTarget(**{name: moved(getattr(t, name)) for name in FIELDS}) for t in targets]
-        settings["init"] = moved(settings.get("init"))
-        if settings.get("penalty") is not None:
-            settings["penalty"] = tuple(map(moved, settings["penalty"]))
-        result = insert_low_rank(layer, moved(direction), targets, impl=impl, **settings)
+        edit = on_gpu(Edit(layer, direction, targets, settings.pop("penalty", None), settings.pop("init", None)))
+        result = insert_low_rank(
+            edit.layer, edit.direction, edit.targets, penalty=edit.penalty, init=edit.init, impl=impl, **settings
+        )
         return replace(result, lambda_=result.lambda_.cpu(), losses=result.losses.cpu())
 
+    def on_gpu(edit):
+        layer = edit.layer
+        return Edit(
+            replace(layer, weight=moved(layer.weight), blur=moved(layer.blur), bias=moved(layer.bias)),
+            moved(edit.direction),
+            [InsertionTarget(**{name: moved(getattr(t, name)) for name in FIELDS}) for t in edit.targets],
+            None if edit.penalty is None else tuple(map(moved, edit.penalty)),
+            moved(edit.init),
+        )
+
+    def batch(edits, *, impl, **settings):
+        if impl == "cuda":
+            monkeypatch.setattr(insertion_module, "run_steps", placed)
+            edits = [on_gpu(edit) for edit in edits]
+        results = insert_low_rank_batch(edits, impl=impl, **settings)
+        return [replace(result, lambda_=result.lambda_.cpu(), losses=result.losses.cpu()) for result in results]
+
+    run.batch = batch
     return run
 
 
@@ -206,10 +225,18 @@ KERNEL_CASES = [
     {"o": 3, "rank": 2, "i": 8, "sizes": ((6, 8),), "taps": 4, "demodulate": True},
     {"o": 5, "rank": 3, "i": 8, "sizes": ((7, 2),)},
     {"o": 270, "rank": 4, "i": 8, "sizes": ((5, 9),), "demodulate": True},
+    # one direction on many pixels: tiles of two rows, whole and cut
+    {"o": 270, "rank": 1, "i": 8, "sizes": ((32, 32),), "demodulate": True},
+    {"o": 139, "rank": 1, "i": 8, "sizes": ((45, 27),)},
     # more than a cluster of blocks takes: base and goal in shared memory, and read from global memory
     {"o": 9, "rank": 66, "i": 70, "sizes": ((6, 6), (3, 2)), "demodulate": True},
     {"o": 265, "rank": 66, "i": 70, "kernel": (1, 1), "sizes": ((80, 80),)},
     {"o": 40, "rank": 33, "i": 40, "sizes": ((4, 9), (2, 2), (1, 1), (5, 17)), "demodulate": True},
+    # maps that a cluster reads piece by piece: pieces of several chunks and of less than one, whole targets or parts
+    {"o": 5, "rank": 30, "i": 40, "sizes": ((12, 36),) * 16, "demodulate": True},
+    {"o": 3, "rank": 30, "i": 32, "sizes": ((64, 66), (2, 4)), "demodulate": True, "taps": 4},
+    {"o": 34, "rank": 40, "i": 40, "sizes": ((3, 60), (24, 64))},
+    {"o": 3, "rank": 62, "i": 64, "kernel": (1, 1), "sizes": ((1, 1), (128, 50)), "demodulate": True},
 ]
 
 
@@ -243,6 +270,25 @@ def test_kernel_is_as_near_to_float64_as_torch_in_float32(variant, with_penalty,
     assert_close(result.losses, truth.losses, baseline.losses, 1e-6)
 
 
+@pytest.mark.parametrize("impl", ["torch", *IMPLS])
+@pytest.mark.parametrize(
+    ("rank", "sizes"),
+    [(1, ((5, 6),)), (1, ((24, 32),)), (3, ((5, 6),)), (5, ((5, 6), (2, 2))), (66, ((2, 3),))],
+    ids=str,
+)
+def test_a_difference_of_zero_has_no_sign(rank, sizes, impl, insert):
+    """Values that are the goal, exactly: nothing moves. One that is not moves its own channel alone."""
+    layer, direction, targets = cast(*case(o=5, i=70, rank=rank, sizes=sizes, activate=False))
+    layer = replace(layer, weight=torch.zeros_like(layer.weight))
+    targets = [replace(t, goal=torch.zeros_like(t.goal), weight=None) for t in targets]
+    still = insert(layer, direction, targets, steps=3, impl=impl)
+    assert not still.lambda_.any()
+    assert not still.losses.any()
+    targets[0].goal[3, -1, -1] = 1
+    moved = insert(layer, direction, targets, steps=3, impl=impl)
+    assert moved.lambda_.flatten(1).any(1).tolist() == [False, False, False, True, False]
+
+
 CURVES = [
     KERNEL_CASES[1],
     {"o": 24, "i": 16, "rank": 1, "sizes": ((6, 7),)},
@@ -263,59 +309,108 @@ def test_loss_curve_over_many_steps(variant, steps, impl, insert):
     assert left == pytest.approx(truth.losses[-1].item(), rel=0.01)
 
 
-def test_any_number_of_threads_gives_the_same_bits():
-    arguments = operator_arguments(*cast(*case(o=70, i=16, rank=4, sizes=((9, 9), (6, 11)), demodulate=True)))
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 16):
-            torch.set_num_threads(count)
-            results.append(kernel_steps(arguments, chunks=(40,)))
-    finally:
-        torch.set_num_threads(threads)
-    for lambda_, losses in results[1:]:
-        assert torch.equal(lambda_, results[0][0])
-        assert torch.equal(losses, results[0][1])
-
-
-def kernel_steps(arguments, chunks, impl=None, place=lambda x: x):
-    """The kernel alone from zero state, in chunks of so many steps: Lambda and losses."""
-    arguments = [place(torch.zeros_like(x)) if n < 3 else x for n, x in enumerate(arguments)]
-    arguments[3] = place(torch.zeros(sum(chunks), dtype=torch.float64))
-    done = 0
-    for count in chunks:
-        arguments[19:21] = done, count
-        insertion_steps_(*arguments, impl)
-        done += count
-    return arguments[0], arguments[3]
-
-
-def operator_arguments(layer, direction, targets, first=0, count=3):
-    p = prepare(layer, direction, targets)
-    state = [torch.zeros(len(p.base), len(p.keys)) for _ in range(3)]
-    problem = [p.base, p.keys, p.goal, p.noise, p.weight, p.bias, p.starts, p.energy, p.cross, p.gram, None, None]
-    settings = [p.rank, p.negative_slope, p.gain, first, count, 0.05, 0.9, 0.999, 1e-8]
-    settings += [p.kernel, [size for shape in p.shapes for size in shape], p.flipped]
-    return (*state, torch.zeros(count, dtype=torch.float64), *problem, *settings)
+TRAJECTORIES = {
+    "plain, one target": {"rank": 1, "sizes": ((6, 7),)},
+    "plain, three": {"rank": 3, "sizes": ((4, 6), (5, 5), (2, 3))},
+    "modulated, one": {"rank": 1, "demodulate": True, "sizes": ((6, 7),)},
+    "modulated, three": {"rank": 3, "demodulate": True, "sizes": ((4, 6), (5, 5), (2, 3))},
+    "up-sampling, one": {"rank": 1, "demodulate": True, "taps": 4, "sizes": ((6, 8),)},
+    "up-sampling, three": {"rank": 3, "demodulate": True, "taps": 4, "sizes": ((4, 6), (6, 6), (2, 4))},
+}
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(
-    "variant",
-    [
-        {"o": 9, "i": 16, "demodulate": True},
-        {"o": 3, "i": 16, "rank": 1, "sizes": ((5, 6),), "demodulate": True},
-        {"o": 2, "i": 70, "rank": 66, "sizes": ((3, 2),), "demodulate": True},
-    ],
-    ids=str,
-)
-def test_chunks_carry_the_state_exactly(variant, impl, on_device):
-    arguments = operator_arguments(*cast(*case(**variant)))
-    arguments = [on_device(x) if isinstance(x, torch.Tensor) else x for x in arguments]
-    whole, losses = kernel_steps(arguments, (12,), impl, on_device)
-    parts, part_losses = kernel_steps(arguments, (1, 7, 0, 4), impl, on_device)
-    assert torch.equal(whole, parts)
-    assert torch.equal(losses, part_losses)
+@pytest.mark.parametrize("steps", [301, pytest.param(2001, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_lambda_after_many_steps(name, steps, impl, insert):
+    """As near to float64 as torch in float32 comes: at most twice its error, and what one sign is worth.
+
+    Once a value passes its goal in one and not yet in the other, Lambda of that channel parts by steps of about lr, for
+    good. Most channels have not met that after 301 steps, so their median is at rounding; all have after 2001, when a
+    channel may even be near another minimum: there the median entry is held to a tenth of a step, and no mean is.
+    """
+    lr = 0.05
+    layer, direction, targets = case(o=12, i=16, **TRAJECTORIES[name])
+    truth = insert_low_rank(layer, direction, targets, steps=steps, lr=lr)
+    single = cast(layer, direction, targets)
+
+    def errors(result):
+        return (result.lambda_.double() - truth.lambda_).abs()
+
+    baseline = errors(insert_low_rank(*single, steps=steps, lr=lr, impl="torch"))
+    result = insert(*single, steps=steps, lr=lr, impl=impl)
+    error = errors(result)
+    assert error.median() <= 2 * baseline.median() + (1e-6 if steps == 301 else lr / 10)
+    if steps == 301:
+        assert error.square().mean().sqrt() <= 2 * baseline.square().mean().sqrt() + lr / 4
+    assert torch.allclose(result.losses, truth.losses, rtol=0.01)
+
+
+# -- several edits at once ---------------------------------------------------------------------------------------------
+
+BATCH = [
+    {"o": 6, "i": 16, "sizes": ((4, 6),), "rank": 1, "seed": 1},
+    {"o": 6, "i": 16, "sizes": ((4, 6),), "rank": 1, "seed": 2, "penalty": True},
+    {"o": 6, "i": 16, "sizes": ((4, 6), (2, 2)), "rank": 3, "demodulate": True, "seed": 3},
+    {"o": 6, "i": 16, "sizes": ((4, 6),), "rank": 1, "seed": 4},
+    {"o": 37, "i": 16, "sizes": ((2, 4),), "rank": 7, "demodulate": True, "taps": 4, "init": True},
+    {"o": 6, "i": 16, "sizes": ((4, 6), (2, 2)), "rank": 3, "demodulate": True, "seed": 5, "init": True},
+    {"o": 3, "i": 70, "sizes": ((3, 2),), "rank": 66, "activate": False},
+    {"o": 3, "i": 70, "sizes": ((3, 2),), "rank": 66, "activate": False, "seed": 6},
+]
+
+
+def edit_of(*, penalty=False, init=False, **variant) -> Edit:
+    layer, direction, targets = cast(*case(**variant))
+    o, rank = len(layer.weight), len(direction)
+    return Edit(
+        layer,
+        direction,
+        targets,
+        tuple(x.float() for x in penalty_for(o, rank)) if penalty else None,
+        0.1 * torch.randn(o, rank, *layer.weight.shape[2:]) if init else None,
+    )
+
+
+@pytest.mark.parametrize("impl", ["torch", *IMPLS])
+@pytest.mark.parametrize("count", [len(BATCH), 1, 19])
+def test_a_batch_gives_the_bits_of_one_by_one(count, impl, insert):
+    """19 edits of one shape are more than one launch takes."""
+    edits = [edit_of(**{**BATCH[0], "seed": n} if count > len(BATCH) else BATCH[n]) for n in range(count)]
+    together = insert.batch(edits, impl=impl, steps=5)
+    assert len(together) == count
+    for edit, result in zip(edits, together, strict=True):
+        alone = insert(
+            edit.layer, edit.direction, edit.targets, penalty=edit.penalty, init=edit.init, impl=impl, steps=5
+        )
+        assert torch.equal(result.lambda_, alone.lambda_)
+        assert torch.equal(result.losses, alone.losses)
+        assert result.penalty == alone.penalty
+
+
+def test_no_edits_need_no_work_and_each_is_told_of():
+    assert insert_low_rank_batch([]) == []
+    edits, seen = [edit_of(**variant) for variant in BATCH[:3]], []
+    results = insert_low_rank_batch(edits, steps=9, callback=lambda *told: seen.append(told))
+    assert seen[-1] == (9, [result.losses[-1].item() for result in results])
+
+
+def test_errors_of_a_batch_name_the_edit():
+    edits = [edit_of(**variant) for variant in BATCH[:2]]
+    nan = replace(edits[1], direction=edits[1].direction * float("nan"))
+    double = Edit(*cast(edits[1].layer, edits[1].direction, edits[1].targets, torch.float64))
+    for second, error, message in [
+        (nan, NonFiniteError, r"edits\[1\]: direction holds NaN"),
+        (double, TypeError, r"edits\[1\]: layer.weight: expected torch.float32 on cpu, as the first edit's"),
+        (edits[1].layer, TypeError, r"edits\[1\]: expected an Edit, got ConvLayer"),
+        (replace(edits[1], targets=[]), ValueError, r"edits\[1\]: targets is empty"),
+        (replace(edits[1], init=torch.zeros(1)), ValueError, r"edits\[1\]: init"),
+        (replace(edits[1], targets=[]), ValueError, r"edits\[1\]: targets is empty"),
+    ]:
+        with pytest.raises(error, match=message):
+            insert_low_rank_batch([edits[0], second], steps=2)
+    with pytest.raises(ValueError, match="steps"):
+        insert_low_rank_batch(edits, steps=0)
 
 
 def test_layouts_and_requires_grad_do_not_matter():
@@ -446,44 +541,3 @@ def test_upsampling_crops_are_even():
     layer, direction, targets = cast(*case(taps=4))
     with pytest.raises(ValueError, match="even"):
         insert_low_rank(layer, direction, changed(targets[0], goal=targets[0].goal[:, :3]))
-
-
-# -- the operator ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("demodulate", [False, True])
-def test_opcheck(demodulate):
-    arguments = operator_arguments(*cast(*case(demodulate=demodulate)))
-    torch.library.opcheck(torch.ops.pyrewrite.insertion_steps_, arguments)
-
-
-def test_compiles_as_a_whole():
-    arguments = operator_arguments(*cast(*case()))
-
-    def doubled(lambda_, *rest):
-        insertion_steps_(lambda_, *rest)
-        return lambda_ * 2
-
-    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
-    mine = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
-    assert torch.equal(compiled(*mine), doubled(*arguments))
-    assert torch.equal(mine[0], arguments[0])
-
-
-def test_operator_checks_what_it_is_given():
-    arguments = [*operator_arguments(*cast(*case())), None]
-    for index, value, error, message in [
-        (1, arguments[1][:, :3], ValueError, "exp_avg: expected shape"),
-        (3, arguments[3][:1], ValueError, "losses"),
-        (3, arguments[3].float(), TypeError, "losses"),
-        (5, arguments[5].double(), TypeError, "keys: expected float32"),
-        (10, [0, 5], ValueError, "starts"),
-        (10, [0, 0, 32, 56], ValueError, "shapes"),
-        (25, [3, 2], ValueError, "kernel"),
-        (28, "gpu", ValueError, "impl"),
-        (16, 5, ValueError, "rank"),
-        (11, torch.zeros(3, 6), ValueError, "energy, cross and gram"),
-        (0, arguments[0].t().contiguous().t(), ValueError, "contiguous"),
-    ]:
-        with pytest.raises(error, match=message):
-            insertion_steps_(*arguments[:index], value, *arguments[index + 1 :])

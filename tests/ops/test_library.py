@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import torch
+
 from pyrewrite.ops import project_, second_moment_
 
 

@@ -21,13 +21,6 @@ MAPS = [(1, 1, 1, 1), (2, 3, 4, 5), (3, 64, 16, 16), (5, 33, 7, 9), (2, 130, 20,
 OP = importlib.import_module("pyrewrite.ops.second_moment")  # the function has the name of its module
 
 
-@pytest.fixture(autouse=True)
-def workspace_on_device(on_device, monkeypatch):
-    """The op's own scratch is the device's too, where it lies in the processor's memory."""
-    allocate = OP._workspace
-    monkeypatch.setattr(OP, "_workspace", lambda *arguments: on_device(allocate(*arguments)))
-
-
 def add(total: torch.Tensor, x: torch.Tensor, impl: str | None, **settings) -> torch.Tensor:
     """second_moment_ with an implementation of IMPLS."""
     before = OP._CUDA_FAMILY

@@ -13,7 +13,7 @@ from support import bits, same_bits
 
 from pyrewrite import LowRankPatch, load_generator, overlap, stack
 from pyrewrite.errors import PatchError
-from pyrewrite.rewriting import LayerUpdate
+from pyrewrite.rewriting import LayerUpdate, set_patches
 
 
 @pytest.fixture(scope="module")
@@ -303,3 +303,57 @@ def test_stack_of_different_generators_or_none(g):
     a = make(g, generator={"family": "progan", "hash": "a" * 64})
     with pytest.raises(PatchError, match="different generators"):
         stack([a, make(g, seed=1, generator={"family": "progan", "hash": "b" * 64})])
+
+
+def small_patches(generator, count=3, layer="layer4"):
+    chance = torch.Generator().manual_seed(5)
+    o, i = generator.layers[layer].out_channels, generator.layers[layer].in_channels
+    make = lambda *shape: torch.randn(*shape, generator=chance)  # noqa: E731
+    return [LowRankPatch([LayerUpdate(layer, make(2, i), 0.01 * make(o, 2, 3, 3))]) for _ in range(count)]
+
+
+def test_set_patches_makes_weights_a_function_of_the_list(peeps):
+    kept = bits(peeps)
+    a, b, c = small_patches(peeps)
+    set_patches(peeps, [a, b, c])
+    sum_of_three = bits(peeps)
+    set_patches(peeps, [c])
+    set_patches(peeps, [b, a])
+    assert not same_bits(peeps, sum_of_three)
+    set_patches(peeps, [a, b, c])
+    assert same_bits(peeps, sum_of_three)  # whatever was there before
+    (other,) = small_patches(peeps, 1, "layer6")
+    set_patches(peeps, [other])
+    assert torch.equal(peeps.layers["layer4"].weight, kept["convs.1.conv.weight"])
+    set_patches(peeps, [])
+    assert same_bits(peeps, kept)
+    assert peeps.patches is None
+
+
+def test_set_patches_refuses_and_leaves_all_as_it_was(peeps):
+    a, b, _ = small_patches(peeps)
+    set_patches(peeps, [a])
+    kept = bits(peeps)
+    bad = LowRankPatch([LayerUpdate("layer99", a.updates[0].direction, a.updates[0].lambda_)])
+    for patches, text in (([a, a], "twice"), ([b, bad], "layer99")):
+        with pytest.raises(PatchError, match=text):
+            set_patches(peeps, patches)
+        assert same_bits(peeps, kept)
+        assert peeps.patches.active == [a]
+    with torch.no_grad():
+        peeps.layers["layer4"].weight.add_(1)
+    with pytest.raises(PatchError, match="something else changed them"):
+        set_patches(peeps, [])
+    with torch.no_grad():
+        peeps.layers["layer4"].weight.copy_(peeps.patches.weight("layer4"))
+    set_patches(peeps, [])
+
+
+def test_a_patch_as_bytes(peeps):
+    a, _, _ = small_patches(peeps)
+    a.name, a.settings = "hat", {"rank": 2}
+    again = LowRankPatch.from_bytes(a.to_bytes())
+    assert (again.digest, again.name, again.settings) == (a.digest, "hat", {"rank": 2})
+    for data in (b"", a.to_bytes()[:-1], b"\xff" * 64):
+        with pytest.raises(PatchError, match=r"upload: not a \.safetensors file"):
+            LowRankPatch.from_bytes(data, "upload")

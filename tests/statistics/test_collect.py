@@ -9,6 +9,7 @@ import torch
 from pyrewrite.errors import NonFiniteError, UnknownLayerError
 from pyrewrite.generators import load_generator
 from pyrewrite.statistics import SecondMoment, collect, default_folder
+from pyrewrite.statistics.collect import FiniteKeys
 
 
 def exact(generator, samples: int, seed: int = 1) -> torch.Tensor:
@@ -195,6 +196,33 @@ def test_nan_names_layer_and_images_and_leaves_no_file(tiny, tmp_path):
     with pytest.raises(NonFiniteError, match=r"6, 7 and 12 more"):
         collect(tiny, "layer2", samples=20, batch_size=20, cache_dir=tmp_path)
     assert files(tmp_path) == []
+
+
+def test_large_finite_keys_are_not_taken_for_infinite():
+    """Their sum overflows, in float16 and in float32."""
+    for largest, dtype in ((6e4, torch.float16), (3e38, torch.float32)):
+        keys = torch.full((3, 2, 5, 5), largest, dtype=dtype)
+        finite = FiniteKeys("layer2")
+        finite.look(keys, 0)
+        keys[2, 1, 4, 4] = -float("inf")
+        with pytest.raises(NonFiniteError, match="image 9:"):
+            finite.look(keys, 7)
+            finite.finish()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_on_a_gpu_the_answer_comes_one_batch_later():
+    keys = torch.ones(3, 2, 5, 5, device="cuda")
+    keys[1, 0, 0, 0] = float("nan")
+    finite = FiniteKeys("layer2")
+    finite.look(keys, 4)
+    with pytest.raises(NonFiniteError, match="image 5:"):
+        finite.look(torch.ones_like(keys), 7)
+    finite.finish()
+    finite.look(keys, 4)
+    with pytest.raises(NonFiniteError, match="image 5:"):
+        finite.finish()
 
 
 def test_batches_are_halved_when_memory_runs_out(tiny, tmp_path):

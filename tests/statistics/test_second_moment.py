@@ -266,3 +266,19 @@ def test_nan_keys_end_in_an_error_that_names_the_moment():
     x[4, 1] = float("nan")
     with pytest.raises(NonFiniteError, match="second moment holds NaN"):
         SecondMoment(3).add(x).whitener()
+
+
+def test_powers_are_kept_until_the_sum_changes():
+    moment = SecondMoment(6).add(torch.randn(50, 6))
+    first = moment.whitener(0.1)
+    first.zero_()  # a copy: what the caller does to it is the caller's affair
+    again = moment.whitener(0.1)
+    assert again.abs().sum() > 0
+    assert not torch.equal(again, moment.whitener(0.2))
+    moment.add(torch.randn(50, 6))
+    assert not torch.equal(again, moment.whitener(0.1))
+    fresh = SecondMoment(6)
+    fresh.load_state_dict(moment.state_dict())
+    assert torch.equal(fresh.whitener(0.1), moment.whitener(0.1))
+    moment.total.mul_(2)
+    torch.testing.assert_close(moment.whitener(0.0), fresh.whitener(0.0) / 2**0.5)

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from pyrewrite.errors import CheckpointError, CheckpointMismatchError
 from pyrewrite.generators.base import Generator
-from pyrewrite.generators.loading import dcgan, genforce, mmgeneration, nvidia, progan, stylegan2, tensorflow
+from pyrewrite.generators.loading import dcgan, genforce, mmgeneration, nvidia, progan, stylegan2, stylegan3, tensorflow
 from pyrewrite.generators.loading._content import checkpoint_kind
 from pyrewrite.generators.loading._names import Weights, find_weights, require_finite
 from pyrewrite.generators.loading._network_pickle import read_network_pickle
-from pyrewrite.generators.loading._safetensors_file import read_safetensors
+from pyrewrite.generators.loading._safetensors_file import file_settings, read_safetensors
 from pyrewrite.generators.loading._torch_file import read_torch_file
 
 _ASSETS = Path(__file__).parent.parent.parent / "assets"
 BUNDLED = {"peeps": "stylegan2-peeps-128.pt", "peeps-progan": "progan-peeps-64.pth"}
-FAMILIES = ("stylegan2", "progan", "dcgan")
+FAMILIES = ("stylegan2", "stylegan3", "progan", "dcgan")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ LAYOUTS = [
         tensorflow.matching_stylegan2_names,
         tensorflow.load_stylegan2,
     ),
+    Layout(
+        "NVIDIA", "stylegan3", stylegan3.WHAT, stylegan3.matching_names, lambda weights, seed: stylegan3.load(weights)
+    ),
     Layout("official", "progan", progan.WHAT, progan.matching_names, lambda weights, seed: progan.load(weights)),
     Layout("GenForce", "progan", genforce.PGGAN, genforce.matching_pggan_names, genforce.load_pggan),
     Layout("TensorFlow", "progan", tensorflow.WHAT, tensorflow.matching_names, tensorflow.load),
@@ -66,7 +69,6 @@ _REGISTERED: dict[str, Layout] = {}
 _FOREIGN = (
     ("final_linear", "a discriminator of StyleGAN2, not a generator"),
     (".fromrgb.", "a discriminator in NVIDIA's layout, not a generator"),
-    ("synthesis.L0_", "a StyleGAN3, which is not read here"),
     ("progression.", "a StyleGAN of the first generation, which is not read here"),
 )
 
@@ -127,20 +129,22 @@ def load_generator(
     truncation: float = 1.0,
     family: str | None = None,
     seed: int = 1,
+    precision: str = "fp32",
 ) -> Generator:
     """A generator from a checkpoint, or a bundled one by its name.
 
     Bundled are "peeps" (StyleGAN2, 128 x 128) and "peeps-progan" (Progressive GAN, 64 x 64).
 
-    Reads StyleGAN2 (rosinality, official rewriting, NVIDIA's pickles, GenForce, mmgeneration), Progressive GAN
-    (official, features.N, GenForce, TensorFlow's names) and DCGAN (PyTorch tutorial), from torch checkpoints,
-    safetensors and, for NVIDIA's networks, pickles; docs/generators.md has the list. The content decides, not the
-    extension. A file that has the name of a bundled generator wins over it.
+    Reads StyleGAN2 (rosinality, official rewriting, NVIDIA's pickles, GenForce, mmgeneration), StyleGAN3 (NVIDIA's),
+    Progressive GAN (official, features.N, GenForce, TensorFlow's names) and DCGAN (PyTorch tutorial), from torch
+    checkpoints, safetensors and, for NVIDIA's networks, pickles; docs/generators.md has the list. The content decides,
+    not the extension. A file that has the name of a bundled generator wins over it.
 
-    truncation  StyleGAN2 only; see Generator.truncation
-    family      "stylegan2", "progan", "dcgan" or a registered one makes a file of another family an error; None takes
-                what the file holds
+    truncation  StyleGAN2 and 3 only; see Generator.truncation
+    family      "stylegan2", "stylegan3", "progan", "dcgan" or a registered one makes a file of another family an error;
+                None takes what the file holds
     seed        for the noise of layers whose noise the file does not hold
+    precision   "fp32", "bf16" or "fp16", of the maps of whole images; see Generator.precision
 
     Raises FileNotFoundError, IsADirectoryError, CheckpointError (not a checkpoint, damaged, wrong names or shapes, NaN;
     always a ValueError that names the file) and ValueError for the other arguments. Nothing is loaded in part, and
@@ -165,7 +169,7 @@ def load_generator(
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise CheckpointMismatchError(f"{path} is not a whole {layout.what}: {reason}") from error
     generator.path, generator.layout = path, layout.name
-    generator.truncation = truncation
+    generator.truncation, generator.precision = truncation, precision
     return generator.to(device)
 
 
@@ -174,7 +178,8 @@ def _content(path: Path) -> Any:
     if kind == "pickle":
         return read_network_pickle(path)
     if kind == "safetensors":
-        return read_safetensors(path)[0]
+        tensors, metadata = read_safetensors(path)
+        return {**file_settings(path, metadata), **tensors}
     return read_torch_file(path)
 
 
@@ -203,8 +208,8 @@ def _layout(weights: Weights) -> Layout:
         shown = ", ".join(list(weights.tensors)[:8])
         raise CheckpointMismatchError(
             f"{weights.origin} holds {len(weights.tensors)} tensors, but not those of a generator known here "
-            "(StyleGAN2: convs.0.conv.weight, synthesis.b8.conv0.weight, synthesis.layer1.weight, ...; Progressive "
-            "GAN: layer1.conv.weight, ...; DCGAN: main.0.weight, ...). "
+            "(StyleGAN2: convs.0.conv.weight, synthesis.b8.conv0.weight, synthesis.layer1.weight, ...; StyleGAN3: "
+            "synthesis.L0_36_512.weight, ...; Progressive GAN: layer1.conv.weight, ...; DCGAN: main.0.weight, ...). "
             f"It holds {shown} ..."
         )
     return best

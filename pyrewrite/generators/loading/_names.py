@@ -178,6 +178,15 @@ def fill(generator: Generator, weights: Weights, what: str) -> None:
     require_finite(generator, weights)
 
 
+def positive_setting(weights: Weights, name: str, otherwise: float | None) -> float | None:
+    """A finite number above 0 that stands beside the weights, or `otherwise`. Raises CheckpointMismatchError."""
+    value = weights.beside.get(name, otherwise)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and 0 < value < float("inf")):
+        raise CheckpointMismatchError(f"{weights.origin}: {name} is {value!r}, expected a finite number above 0")
+    return value
+
+
 def require_finite(generator: Generator, weights: Weights) -> None:
     """Raise NonFiniteWeightsError where float32 could not hold a weight, or what was made of it."""
     state = generator.state_dict()

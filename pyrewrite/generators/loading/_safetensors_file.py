@@ -45,6 +45,19 @@ def header_problem(path: Path, size: int) -> str | None:
     return None
 
 
+def file_settings(path: Path, metadata: dict[str, str]) -> dict[str, float]:
+    """The settings that `save_generator` wrote beside the weights: name -> number. Others' metadata has none."""
+    if metadata.get("format") != FORMAT or "settings" not in metadata:
+        return {}
+    try:
+        settings = json.loads(metadata["settings"])
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{str(path)!r} has settings that are not a JSON text: {error}") from error
+    if not isinstance(settings, dict) or not all(type(value) in (int, float) for value in settings.values()):
+        raise DamagedCheckpointError(f"{str(path)!r} has settings that are not names and numbers")
+    return settings
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata. Raises DamagedCheckpointError, or CheckpointError for a newer pyrewrite's file."""
     size = path.stat().st_size

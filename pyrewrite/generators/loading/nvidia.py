@@ -17,7 +17,8 @@ from torch import Tensor
 from pyrewrite.errors import CheckpointMismatchError
 from pyrewrite.generators.loading import stylegan2
 from pyrewrite.generators.loading._names import Weights, require_names, require_shape
-from pyrewrite.generators.stylegan2 import MAPPING_RATE, StyleGAN2
+from pyrewrite.generators.stylegan2 import StyleGAN2
+from pyrewrite.generators.styles import MAPPING_RATE
 
 WHAT = "StyleGAN2 generator in NVIDIA's layout"
 _NAMES = re.compile(r"synthesis\.b\d+\.|mapping\.(fc\d+|embed)\.|mapping\.w_avg$")
@@ -31,7 +32,8 @@ def matching_names(tensors: dict[str, Tensor]) -> int:
 
 def load(weights: Weights, noise_seed: int) -> StyleGAN2:
     """Build the generator that the weights describe. Raises CheckpointMismatchError or NonFiniteWeightsError."""
-    _refuse_other_architectures(weights)
+    require_known_layers(weights, "StyleGAN2")
+    architecture = _architecture(weights)
     resolutions = sorted({int(m[1]) for name in weights.tensors if (m := re.match(r"synthesis\.b(\d+)\.", name))})
     base = resolutions[0] if resolutions else 4
     if resolutions != [base * 2**n for n in range(len(resolutions))]:
@@ -39,20 +41,22 @@ def load(weights: Weights, noise_seed: int) -> StyleGAN2:
             f"{weights.origin} is a {WHAT} with blocks of {resolutions} pixels, expected each twice the one before"
         )
     count = max((int(m[1]) + 1 for n in weights.tensors if (m := re.match(r"mapping\.fc(\d+)\.", n))), default=1)
-    table = _names(weights, resolutions or [base], count)
+    table = _names(weights, resolutions or [base], count, architecture)
     # Filters that these layers have and do not use.
     unused = {f"synthesis.b{base}.resample_filter", *(f"synthesis.b{r}.conv1.resample_filter" for r in resolutions)}
+    if architecture != "skip":
+        unused |= {f"synthesis.b{r}.resample_filter" for r in resolutions}
     weights.tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in unused}
     _silent_layers(weights)
     optional = [n for n in table if n.endswith("noise_const") or n == "mapping.w_avg"]
     require_names(weights, [n for n in table if n not in optional or n in weights.tensors], WHAT)
-    _note_settings(weights)
+    _take_clamps(weights, table)
     renamed = {table[name]: _converted(weights, name) for name in weights.tensors}
     weights.rename(renamed, {ours: name for name, ours in table.items()})
     return stylegan2.load(weights, noise_seed)
 
 
-def _names(weights: Weights, resolutions: list[int], mapping: int) -> dict[str, str]:
+def _names(weights: Weights, resolutions: list[int], mapping: int, architecture: str) -> dict[str, str]:
     """The name here of each name there."""
     table = {f"mapping.fc{n}.{part}": f"style.{n + 1}.{part}" for n in range(mapping) for part in ("weight", "bias")}
     table["mapping.w_avg"] = "latent_avg"
@@ -68,11 +72,17 @@ def _names(weights: Weights, resolutions: list[int], mapping: int) -> dict[str, 
             table |= dict(zip((f"{block}.{part}.{name}" for name in _LAYER), _ours(ours), strict=True))
             table[f"{block}.{part}.noise_strength"] = f"{ours}.noise.weight"
             table[f"{block}.{part}.noise_const"] = f"noises.noise_{number}"
+        if level:
+            table[f"{block}.conv0.resample_filter"] = f"convs.{2 * level - 2}.conv.blur.kernel"
+        if level and architecture == "resnet":
+            table[f"{block}.skip.weight"] = f"skips.{level - 1}.weight"
+            table[f"{block}.skip.resample_filter"] = f"skips.{level - 1}.upsample.kernel"
+        if architecture != "skip" and resolution != resolutions[-1]:
+            continue
         rgb = f"to_rgbs.{level - 1}" if level else "to_rgb1"
         names = (f"{rgb}.conv.weight", f"{rgb}.bias", f"{rgb}.conv.modulation.weight", f"{rgb}.conv.modulation.bias")
         table |= dict(zip((f"{block}.torgb.{name}" for name in _LAYER), names, strict=True))
-        if level:
-            table[f"{block}.conv0.resample_filter"] = f"convs.{2 * level - 2}.conv.blur.kernel"
+        if level and architecture == "skip":
             table[f"{block}.resample_filter"] = f"{rgb}.upsample.kernel"
     return table
 
@@ -108,39 +118,44 @@ def _converted(weights: Weights, name: str) -> Tensor:
     return tensor
 
 
-def _refuse_other_architectures(weights: Weights) -> None:
-    settings = weights.beside
-    kinds = {value for name, value in settings.items() if name.endswith(".architecture") and isinstance(value, str)}
-    if "resnet" in kinds or any(re.match(r"synthesis\.b\d+\.skip\.", name) for name in weights.tensors):
-        raise CheckpointMismatchError(
-            f"{weights.origin} is a StyleGAN2 with residual connections (architecture 'resnet'): not supported, "
-            "only 'skip'"
-        )
+def _architecture(weights: Weights) -> str:
+    """As the settings say, or the names where there are none."""
+    kinds = {value for name, value in weights.beside.items() if re.fullmatch(r"synthesis\.b\d+\.architecture", name)}
+    if len(kinds) == 1:
+        (kind,) = kinds
+        if kind not in ("skip", "orig", "resnet"):
+            raise CheckpointMismatchError(
+                f"{weights.origin} is a StyleGAN2 of the architecture {kind!r}; known are skip, orig and resnet"
+            )
+        return kind
+    if any(re.match(r"synthesis\.b\d+\.skip\.", name) for name in weights.tensors):
+        return "resnet"
     colours = {m[1] for name in weights.tensors if (m := re.match(r"synthesis\.(b\d+)\.torgb\.", name))}
     blocks = {m[1] for name in weights.tensors if (m := re.match(r"synthesis\.(b\d+)\.conv1\.", name))}
-    if "orig" in kinds or (len(blocks) > 1 and len(colours) == 1):
-        raise CheckpointMismatchError(
-            f"{weights.origin} is a StyleGAN2 without skip connections (colours in the last layer only): not supported"
-        )
-    for name, value in settings.items():
-        wanted = "linear" if re.search(r"(affine|embed)\.activation$", name) else "lrelu"
+    return "orig" if len(blocks) > 1 and len(colours) == 1 else "skip"
+
+
+def require_known_layers(weights: Weights, what: str) -> None:
+    """Raise CheckpointMismatchError where the settings beside the weights ask for other layers than those here."""
+    for name, value in weights.beside.items():
+        wanted = "linear" if re.search(r"(affine|embed|skip)\.activation$", name) else "lrelu"
         if name.startswith(("synthesis.", "mapping.")) and name.endswith(".activation") and value != wanted:
             raise CheckpointMismatchError(
-                f"{weights.origin} is a StyleGAN2 whose {name} is {value!r}: not supported, only {wanted!r}"
+                f"{weights.origin} is a {what} whose {name} is {value!r}: not supported, only {wanted!r}"
             )
         if re.fullmatch(r"mapping\.fc\d+\.bias_gain", name) and not math.isclose(float(value), MAPPING_RATE):
             raise CheckpointMismatchError(
-                f"{weights.origin} is a StyleGAN2 whose mapping learns at {value}: not supported, only {MAPPING_RATE}"
+                f"{weights.origin} is a {what} whose mapping learns at {value}: not supported, only {MAPPING_RATE}"
             )
 
 
-def _note_settings(weights: Weights) -> None:
-    clamps = sorted({v for n, v in weights.beside.items() if n.endswith(".conv_clamp") and isinstance(v, (int, float))})
-    if clamps:
-        weights.notes.append(
-            f"the file clamps layers at {', '.join(map(str, clamps))}, for 16-bit layers: not done here, "
-            "where all is computed in float32"
-        )
+def _take_clamps(weights: Weights, table: dict[str, str]) -> None:
+    """The bounds of layers, which networks have that were trained with 16-bit layers, under the names here."""
+    ours = {theirs.removesuffix(".bias"): name.removesuffix(".bias") for theirs, name in table.items()}
+    for name in [name for name in weights.beside if name.endswith(".conv_clamp")]:
+        part = ours.get(name.removesuffix(".conv_clamp"))
+        if part is not None:
+            weights.beside[f"{part.removesuffix('.activate')}.conv_clamp"] = weights.beside[name]
 
 
 def _silent_layers(weights: Weights) -> None:

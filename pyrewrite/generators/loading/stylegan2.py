@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pyrewrite.errors import CheckpointMismatchError
-from pyrewrite.generators.loading._names import Weights, fill, require_names, require_shape
-from pyrewrite.generators.stylegan2 import MEAN_SAMPLES, StyleGAN2, StyleGAN2Shape
+from pyrewrite.generators.loading._names import Weights, fill, positive_setting, require_names, require_shape
+from pyrewrite.generators.stylegan2 import StyleGAN2, StyleGAN2Shape
+from pyrewrite.generators.styles import MEAN_SAMPLES
 
 WHAT = "StyleGAN2 generator"
 _NAMES = re.compile(
@@ -65,19 +66,24 @@ def load(weights: Weights, noise_seed: int) -> StyleGAN2:
         2 * _count(weights, r"to_rgbs\.(\d+)\.") + 1,
     )
     convs += 1 - convs % 2  # conv1, then two for each doubling
-    _refuse_other_architectures(weights, convs)
+    _refuse_other_labels(weights)
+    architecture = _architecture(weights, convs)
+    if architecture == "orig":  # a filter that such a network may have and does not use
+        weights.tensors.pop(f"to_rgbs.{convs // 2 - 1}.upsample.kernel", None)
     noises = [f"noises.noise_{n}" for n in range(convs)]
     missing_noises = [name for name in noises if name not in weights.tensors]
-    names = _expected_names(max(mapping - 1, 1), convs)
+    names = _expected_names(max(mapping - 1, 1), convs, architecture)
     if any(name.startswith("embed.") for name in weights.tensors):
         names += ["embed.weight", "embed.bias"]
     require_names(weights, [*names, *(name for name in noises if name in weights.tensors)], WHAT)
 
-    shape = _shape(weights, max(mapping - 1, 1), convs)
+    shape = _shape(weights, max(mapping - 1, 1), convs, architecture)
     generator = StyleGAN2(shape)
     generator.notes += weights.notes
     if generator.classes:
         generator.notes.append(f"{generator.classes} class labels: images are of class 0 until `label` is set")
+    for name, part in generator.clamping_parts().items():
+        part.clamp = positive_setting(weights, f"{name}.conv_clamp", None)
     _make_noises(generator, weights, missing_noises, noise_seed)
     weights.tensors["latent_avg"] = torch.zeros(shape.mapping[-1]) if mean is None else mean
     fill(generator, weights, WHAT)
@@ -125,12 +131,14 @@ def _take_mean(weights: Weights) -> Tensor | None:
     return None
 
 
-def _refuse_other_architectures(weights: Weights, convs: int) -> None:
+def _architecture(weights: Weights, convs: int) -> str:
+    if any(name.startswith("skips.") for name in weights.tensors):
+        return "resnet"
     outputs = {match[0] for name in weights.tensors if (match := re.match(r"to_rgb1|to_rgbs\.\d+", name))}
-    if convs > 1 and outputs == {f"to_rgbs.{convs // 2 - 1}"}:
-        raise CheckpointMismatchError(
-            f"{weights.origin} is a StyleGAN2 without skip connections (colours in the last layer only): not supported"
-        )
+    return "orig" if convs > 1 and outputs == {f"to_rgbs.{convs // 2 - 1}"} else "skip"
+
+
+def _refuse_other_labels(weights: Weights) -> None:
     known = {"embed.weight", "embed.bias"}  # as NVIDIA's: a linear layer; a table of embeddings has no bias
     labels = [name for name in weights.tensors if "embed" in name or "label" in name]
     if known <= set(labels):
@@ -141,7 +149,7 @@ def _refuse_other_architectures(weights: Weights, convs: int) -> None:
         )
 
 
-def _expected_names(mapping: int, convs: int) -> list[str]:
+def _expected_names(mapping: int, convs: int, architecture: str) -> list[str]:
     modulated = ("conv.weight", "conv.modulation.weight", "conv.modulation.bias")
     names = [f"style.{n}.{part}" for n in range(1, mapping + 1) for part in ("weight", "bias")]
     names.append("input.input")
@@ -150,15 +158,17 @@ def _expected_names(mapping: int, convs: int) -> list[str]:
         names += [f"{prefix}.{part}" for part in (*modulated, "noise.weight", "activate.bias")]
         if n % 2:
             names.append(f"{prefix}.conv.blur.kernel")
-        else:
+            if architecture == "resnet":
+                names += [f"skips.{n // 2}.weight", f"skips.{n // 2}.upsample.kernel"]
+        elif architecture == "skip" or n == convs - 1:
             rgb = "to_rgb1" if n == 0 else f"to_rgbs.{n // 2 - 1}"
             names += [f"{rgb}.{part}" for part in ("bias", *modulated)]
-            if n:
+            if n and architecture == "skip":
                 names.append(f"{rgb}.upsample.kernel")
     return names
 
 
-def _shape(weights: Weights, mapping: int, convs: int) -> StyleGAN2Shape:
+def _shape(weights: Weights, mapping: int, convs: int, architecture: str) -> StyleGAN2Shape:
     widths = [require_shape(weights, f"style.{n}.weight", 2) for n in range(1, mapping + 1)]
     constant = require_shape(weights, "input.input", 4)
     if constant[2] != constant[3]:
@@ -176,9 +186,11 @@ def _shape(weights: Weights, mapping: int, convs: int) -> StyleGAN2Shape:
         channels = o
         if n % 2:
             blurs.append(_filter_size(weights, f"{name}.conv.blur.kernel"))
-        elif n:
-            upsamples.append(_filter_size(weights, f"to_rgbs.{n // 2 - 1}.upsample.kernel"))
-    image_channels = require_shape(weights, "to_rgb1.conv.weight", 5)[1]
+        elif n and architecture != "orig":
+            part = f"to_rgbs.{n // 2 - 1}" if architecture == "skip" else f"skips.{n // 2 - 1}"
+            upsamples.append(_filter_size(weights, f"{part}.upsample.kernel"))
+    last = "to_rgb1" if architecture == "skip" or convs == 1 else f"to_rgbs.{convs // 2 - 1}"
+    image_channels = require_shape(weights, f"{last}.conv.weight", 5)[1]
     if image_channels not in (1, 3):
         raise CheckpointMismatchError(
             f"{weights.origin} makes images of {image_channels} channels; 1 (grey) and 3 (RGB) are supported"
@@ -198,6 +210,7 @@ def _shape(weights: Weights, mapping: int, convs: int) -> StyleGAN2Shape:
         blurs=tuple(blurs),
         upsamples=tuple(upsamples),
         image_channels=image_channels,
+        architecture=architecture,
     )
 
 

@@ -21,7 +21,8 @@ from pyrewrite.errors import CheckpointMismatchError
 from pyrewrite.generators.loading import progan, stylegan2
 from pyrewrite.generators.loading._names import Weights, require_names, require_shape
 from pyrewrite.generators.progan import ProGAN
-from pyrewrite.generators.stylegan2 import MAPPING_RATE, StyleGAN2
+from pyrewrite.generators.stylegan2 import StyleGAN2
+from pyrewrite.generators.styles import MAPPING_RATE
 
 STYLEGAN2 = "StyleGAN2 generator with TensorFlow's names"
 WHAT = "Progressive GAN generator with TensorFlow's names"
@@ -114,14 +115,17 @@ def load_stylegan2(weights: Weights, noise_seed: int) -> StyleGAN2:
     sizes = [int(m[1]) for name in tensors if (m := re.match(r"synthesis/(\d+)x\1/", name))]
     levels = max(sizes, default=4).bit_length() - 2
     mapping = max((int(m[1]) + 1 for name in tensors if (m := re.match(r"mapping/Dense(\d+)/", name))), default=1)
-    table = _stylegan2_names(mapping, levels, any(name.startswith("mapping/LabelEmbed/") for name in tensors))
+    kind = _architecture(weights, f"synthesis/{2 ** (levels + 1)}x{2 ** (levels + 1)}")
+    table = _stylegan2_names(mapping, levels, kind, any(name.startswith("mapping/LabelEmbed/") for name in tensors))
     optional = [name for name in table if name.startswith("synthesis/noise") or name == "dlatent_avg"]
     require_names(weights, [name for name in table if name not in optional or name in tensors], STYLEGAN2)
     renamed = {table[name]: _converted(weights, name) for name in tensors}
     theirs = {ours: name for name, ours in table.items()}
     kernel = _resample_kernel(weights)
     for n in range(levels - 1):
-        renamed |= {f"convs.{2 * n}.conv.blur.kernel": kernel, f"to_rgbs.{n}.upsample.kernel": kernel.clone()}
+        renamed[f"convs.{2 * n}.conv.blur.kernel"] = kernel.clone()
+        if kind != "orig":
+            renamed[f"{'to_rgbs' if kind == 'skip' else 'skips'}.{n}.upsample.kernel"] = kernel.clone()
     weights.rename(renamed, theirs)
     return stylegan2.load(weights, noise_seed)
 
@@ -150,19 +154,27 @@ def _refuse_other_architectures(weights: Weights) -> None:
             raise CheckpointMismatchError(
                 f"{weights.origin} is a StyleGAN2 whose {name} is {value!r}: not supported, only {wanted!r}"
             )
-    kind = _setting(weights, "architecture", "skip")
-    if kind == "resnet" or any("/Skip/" in name for name in weights.tensors):
+    if any("ToRGB_lod" in name for name in weights.tensors):
         raise CheckpointMismatchError(
-            f"{weights.origin} is a StyleGAN2 with residual connections (architecture 'resnet'): not supported, "
-            "only 'skip'"
-        )
-    if kind == "orig" or any("ToRGB_lod" in name for name in weights.tensors):
-        raise CheckpointMismatchError(
-            f"{weights.origin} is a StyleGAN2 without skip connections (colours in the last layer only): not supported"
+            f"{weights.origin} is a StyleGAN2 that grew with its training (colours of every resolution): not supported"
         )
 
 
-def _stylegan2_names(mapping: int, levels: int, labels: bool) -> dict[str, str]:
+def _architecture(weights: Weights, last: str) -> str:
+    """As the names say; last: the scope of the last block."""
+    if any("/Skip/" in name for name in weights.tensors) and _setting(weights, "architecture", "resnet") == "resnet":
+        return "resnet"
+    colours = {name.split("/ToRGB/")[0] for name in weights.tensors if "/ToRGB/" in name}
+    kind = "orig" if colours == {last} and last != "synthesis/4x4" else "skip"
+    said = _setting(weights, "architecture", kind)
+    if said != kind and last != "synthesis/4x4":
+        raise CheckpointMismatchError(
+            f"{weights.origin} says that its architecture is {said!r}, but its names are those of {kind!r}"
+        )
+    return kind
+
+
+def _stylegan2_names(mapping: int, levels: int, architecture: str, labels: bool) -> dict[str, str]:
     """The name here of each name there."""
     parts = ("weight", "bias")
     table = {f"mapping/Dense{n}/{part}": f"style.{n + 1}.{part}" for n in range(mapping) for part in parts}
@@ -177,6 +189,10 @@ def _stylegan2_names(mapping: int, levels: int, labels: bool) -> dict[str, str]:
             styled = {**_STYLED, "bias": "activate.bias", "noise_strength": "noise.weight"}
             table |= {f"{block}/{name}/{part}": f"{ours}.{mine}" for part, mine in styled.items()}
             table[f"synthesis/noise{n}"] = f"noises.noise_{n}"
+        if level and architecture == "resnet":
+            table[f"{block}/Skip/weight"] = f"skips.{level - 1}.weight"
+        if architecture != "skip" and level < levels - 1:
+            continue
         rgb = f"to_rgbs.{level - 1}" if level else "to_rgb1"
         table |= {f"{block}/ToRGB/{part}": f"{rgb}.{mine}" for part, mine in {**_STYLED, "bias": "bias"}.items()}
     return table
@@ -190,7 +206,8 @@ def _converted(weights: Weights, name: str) -> Tensor:
     if name.endswith("/weight"):
         require_shape(weights, name, 4)
         turned = tensor.flip(0, 1) if "/Conv0_up/" in name else tensor
-        return turned.permute(3, 2, 0, 1)[None]
+        turned = turned.permute(3, 2, 0, 1)
+        return turned if "/Skip/" in name else turned[None]
     if name.endswith("/mod_bias"):
         return tensor + 1
     if name.endswith("/noise_strength"):

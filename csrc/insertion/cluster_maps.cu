@@ -1,0 +1,141 @@
+// What the cluster kernel finds when it starts: the layout, and the maps as its blocks keep them in shared memory, a
+// position being a row of halves, hi + lo.
+#include "insertion/cluster_layout.h"
+#include "insertion/mma.h"
+
+namespace pyrewrite {
+namespace {
+
+using T = ClusterTraits;
+
+struct Packer {
+  const InsertionProblem& p;
+  const InsertionArrays& edit;
+  const Share& share;
+  float* largest_of_warp;  // kWarps
+
+  __device__ float map_value(const Segment& s, int d, int position) const {
+    const int w = p.widths[s.target], width = map_width(p, s.target);
+    const int i = s.row + position / width, j = position % width;
+    // Map pixel (i, j) is the key of tap (ty, tx) at pixel (i - ty, j - tx), for any tap that lands inside.
+    const int ty = max(0, i - (p.heights[s.target] - 1)), tx = max(0, j - (w - 1));
+    const int key = key_of(p, (ty * p.kernel_width + tx) * padded_rank(p.rank) + d);
+    return edit.keys[std::int64_t(key) * p.pixels + p.starts[s.target] + (i - ty) * w + j - tx];
+  }
+
+  // The largest |x| of the block, in all threads.
+  __device__ float largest(float x) const {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) largest_of_warp[threadIdx.x / 32] = x;
+    __syncthreads();
+    for (int w = 0; w < T::kWarps; ++w) x = fmaxf(x, largest_of_warp[w]);
+    return x;
+  }
+
+  // scales: of the maps and of dloss / dz. to: the maps.
+  __device__ void run(int position_bytes, float* scales, char* to) const {
+    const int rank = padded_rank(p.rank);
+    float most = 0.f, heaviest = 0.f;
+    for (int n = 0; n < share.count; ++n) {
+      const Segment& s = share.segments[n];
+      const int positions = s.rows * map_width(p, s.target);
+      for (int i = threadIdx.x; i < p.rank * positions; i += T::kThreads)
+        most = fmaxf(most, fabsf(map_value(s, i / positions, i % positions)));
+      for (int u = s.begin + threadIdx.x; u < s.end; u += T::kThreads)
+        heaviest = fmaxf(heaviest, edit.weight[p.starts[s.target] + u]);
+    }
+    const float map_scale = half_scale(largest(most));
+    const float by_scale = half_scale(largest(heaviest) / p.channels * fmaxf(p.up, p.down));
+    if (threadIdx.x == 0) {
+      scales[0] = map_scale;
+      scales[1] = by_scale;
+    }
+    for (int n = 0; n < share.count; ++n) {
+      const Segment& s = share.segments[n];
+      const int positions = s.rows * map_width(p, s.target);
+      for (int i = threadIdx.x; i < rank * positions; i += T::kThreads) {
+        const int d = i / positions, position = i % positions;
+        const Split value = split(d < p.rank ? map_value(s, d, position) * map_scale : 0.f);
+        __half* row = reinterpret_cast<__half*>(to + std::int64_t(s.map + position) * position_bytes);
+        row[d] = value.hi;
+        row[rank + d] = value.lo;
+      }
+    }
+  }
+};
+
+__global__ void __launch_bounds__(T::kThreads)
+    cluster_maps_kernel(const __grid_constant__ InsertionProblem p, const __grid_constant__ ClusterLayout at) {
+  __shared__ Share share;
+  __shared__ float largest_of_warp[T::kWarps];
+  const int block = blockIdx.x;
+  const InsertionArrays& edit = p.edits[blockIdx.y];
+  if (threadIdx.x == 0) share_of(p, block, at.room, share);
+  __syncthreads();
+  const Packer packer = {p, edit, share, largest_of_warp};
+  packer.run(at.position, edit.scratch + 2 * block, reinterpret_cast<char*>(edit.scratch + scratch_map(at, block)));
+}
+
+// The largest part of a block: what common_layout makes room for.
+struct Extent {
+  int segments = 0, positions = 0, pixels = 0;
+};
+
+bool measure(const InsertionProblem& p, int room, Extent* most) {
+  *most = {};
+  for (int block = 0; block < T::kBlocks; ++block) {
+    Share share;
+    share_of(p, block, room, share);
+    if (share.count < 0) return false;
+    most->segments = share.count > most->segments ? share.count : most->segments;
+    most->positions = share.positions > most->positions ? share.positions : most->positions;
+    most->pixels = share.pixels > most->pixels ? share.pixels : most->pixels;
+  }
+  return true;
+}
+
+std::int64_t room_in(const InsertionDevice& device) {
+  return device.shared_bytes -
+         static_cast<std::int64_t>(sizeof(Share) + sizeof(float) * T::kMostSegments + 128);  // declared in the kernel
+}
+
+}  // namespace
+
+ClusterLayout common_layout(const InsertionProblem& p, std::int64_t shared_bytes, int* segments) {
+  Extent most;
+  if (!measure(p, 0, &most)) return {};
+  *segments = most.segments;
+  ClusterLayout at = cluster_layout(p, most.positions, most.segments, most.pixels);
+  if (at.size > shared_bytes) {
+    const std::int64_t left = shared_bytes - cluster_layout(p, 0, most.segments, most.pixels).size;
+    const int room = left > 0 ? static_cast<int>(left / at.position) : 0;
+    if (room == 0 || !measure(p, room, &most)) return {};
+    at = cluster_layout(p, room, most.segments, most.pixels);
+    at.room = room;
+  }
+  at.packed = most.positions;
+  return at;
+}
+
+// A GPU with clusters, a rank up to 64, and a map of at least one group of pixels that fits a block's shared memory.
+InsertionPlan plan_cluster(const InsertionProblem& p, const InsertionDevice& device) {
+  InsertionPlan plan{};
+  if (device.major < 9 || p.rank > T::kMostRank) return plan;
+  const ClusterLayout at = common_layout(p, room_in(device), &plan.segments);
+  if (at.size == 0) return plan;
+  plan.blocks = plan.loss_rows = (p.channels + T::kChannels - 1) / T::kChannels * T::kBlocks;
+  plan.channels_per_block = T::kChannels;
+  plan.shared_bytes = static_cast<int>(at.size);
+  plan.scratch_floats = scratch_map(at, T::kBlocks);
+  if (p.demodulate) plan.scratch_floats += std::int64_t(plan.blocks) * plan.segments * T::kChannels * at.keys;
+  return plan;
+}
+
+cudaError_t launch_cluster_maps(const InsertionProblem& p, const ClusterLayout& at, int edits, cudaStream_t stream) {
+  cluster_maps_kernel<<<dim3(T::kBlocks, edits), T::kThreads, 0, stream>>>(p, at);
+  return cudaGetLastError();
+}
+
+}  // namespace pyrewrite

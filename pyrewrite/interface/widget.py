@@ -1,0 +1,100 @@
+"""The widget: one Session in a notebook (JupyterLab, VS Code, marimo), as custom messages over the widget's comm.
+
+Nothing but the front end itself is synchronised state: pictures and masks travel as messages, so a saved notebook
+holds none of them.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import anywidget
+
+from ..generators import Generator, load_generator
+from .page import Page, serve
+from .session import Client, Session
+
+FRONT = resources.files("pyrewrite.interface") / "front"
+
+
+_sessions: dict[int, tuple[weakref.ref[Session], dict[str, Any]]] = {}  # id of a generator -> its session, its options
+
+
+def session_of(generator: Generator, options: dict[str, Any]) -> Session:
+    """The session of a generator: the one that it has, so that a cell that runs again shows again what was there.
+
+    ValueError where its session was made with other options: two sessions would write into the same weights.
+    """
+    found, known = _sessions.get(id(generator), (lambda: None, {}))
+    session = found()
+    if session is not None and session.model.generator is generator and not session.closed:
+        if options not in ({}, known):
+            raise ValueError(
+                f"this generator is in a session with the options {known}, and these are {options}: close that one "
+                "first (`.session.close()`, unsaved work is lost), or leave the options out to show it again"
+            )
+        return session
+    session = Session(generator, **options)
+    _sessions[id(generator)] = weakref.ref(session), options
+    return session
+
+
+class RewriteApp(anywidget.AnyWidget):
+    """The interface as a cell's output.
+
+    session: a Session, or a generator, or the file or bundled name of one; `options` are then Session's. A generator
+    that is already shown is shown again with what was painted and solved. Where nothing shows (a viewer without
+    widgets), `serve()` opens the same session as a page and says where. TypeError for anything else.
+    """
+
+    _esm = (FRONT / "pyrewrite.js").read_text(encoding="utf-8")
+    _css = (FRONT / "pyrewrite.css").read_text(encoding="utf-8")
+
+    _client: Client | None = None
+
+    def __init__(self, session: Session | Generator | str | Path, **options: Any) -> None:
+        if isinstance(session, (str, Path)):
+            options = {"name": Path(session).name, **options}
+            session = load_generator(session)
+        if isinstance(session, Generator):
+            session = session_of(session, options)
+        elif not isinstance(session, Session):
+            expected = "a session, a generator, or the file or bundled name of one"
+            raise TypeError(f"expected {expected}, got {type(session).__name__}")
+        elif options:
+            raise TypeError(f"{', '.join(options)}: options of a session that is already made")
+        super().__init__()
+        self.session = session
+        self._turn = threading.Lock()  # the session answers from its own thread, and a comm's send is not one step
+        self._page: Page | None = None
+        self.on_msg(self._hear)
+        self._client = self.session.connect(self._tell)
+
+    def serve(self, port: int | None = None, **options: Any) -> Page:
+        """The same session as a page: what `pyrewrite.interface.serve` takes and gives. Served once at a time."""
+        if self._page is None or not self._page.open:
+            self._page = serve(self.session, port, **options)
+        return self._page
+
+    def close(self) -> None:
+        """Takes the widget off; the session, and a page that serves it, live on."""
+        if self._client is not None:
+            self.session.disconnect(self._client)
+        super().close()
+
+    def __repr__(self) -> str:
+        """Also what a viewer without widgets shows in the widget's place."""
+        return f"RewriteApp({self.session.name:.40}). If nothing shows here: .serve() opens it as a page"
+
+    # Not _send: the base class has that name for something else.
+    def _tell(self, message: dict[str, Any], buffers: Sequence[bytes] = ()) -> None:
+        with self._turn:
+            self.send(message, list(buffers))
+
+    def _hear(self, _: Any, message: dict[str, Any], buffers: list[memoryview]) -> None:
+        self.session.receive(self._client, message, [bytes(b) for b in buffers])

@@ -1,0 +1,175 @@
+"""Every operator from several threads, on a stream of its own, in a CUDA graph and on a second GPU: the same bits as
+alone. What needs streams needs torch with CUDA; threads are tried wherever a kernel runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from insertion_support import case, cast, operator_arguments
+from torch import Tensor
+
+from pyrewrite.ops import project_, project_adam_, second_moment_
+from pyrewrite.ops.insertion_kernel import insertion_steps_
+
+IMPLS = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+needs_streams = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU, so there are no streams"),
+]
+
+
+@dataclass
+class Work:
+    """A call that changes `state` in place and reads `inputs`."""
+
+    state: list[Tensor]
+    inputs: list[Tensor]
+    call: Callable[[list[Tensor], list[Tensor], str | None], object]
+
+    def run(self, impl: str | None = None) -> None:
+        self.call(self.state, self.inputs, impl)
+
+    def placed(self, place: Callable[[Tensor], Tensor]) -> Work:
+        """The same with copies of all tensors."""
+        return Work([place(x.clone()) for x in self.state], [place(x.clone()) for x in self.inputs], self.call)
+
+    def result(self, impl: str | None, times: int = 1) -> list[Tensor]:
+        """The state after so many calls, of which nothing else is left."""
+        for _ in range(times):
+            self.run(impl)
+        return [x.cpu() for x in self.state]
+
+
+def moment_work() -> Work:
+    maps = torch.randn(5, 70, 9, 11)
+    moment = torch.zeros(70, 70, dtype=torch.float64)
+    return Work([moment], [maps], lambda s, x, impl: second_moment_(s[0], x[0], impl=impl))
+
+
+def projection_work() -> Work:
+    weights = [torch.randn(40, 36, 3, 3), torch.randn(7, 5, 2, 3)]
+    rows = [torch.linalg.qr(torch.randn(w.shape[1], 3))[0].T.contiguous() for w in weights]
+    bases = [torch.randn_like(w) for w in weights]
+    return Work(weights, bases + rows, lambda s, x, impl: project_(s, x[:2], x[2:], impl=impl))
+
+
+def adam_work() -> Work:
+    weight, base, grad = (torch.randn(40, 36, 3, 3) for _ in range(3))
+    direction = torch.linalg.qr(torch.randn(36, 5))[0].T.contiguous()
+
+    def call(state: list[Tensor], inputs: list[Tensor], impl: str | None) -> None:
+        project_adam_(state[0], *inputs, *state[1:], step=3, lr=0.01, impl=impl)
+
+    return Work([weight, torch.zeros_like(weight), torch.rand_like(weight)], [base, direction, grad], call)
+
+
+def insertion_work(**variant: object) -> Work:
+    arguments = operator_arguments(*cast(*case(i=16, **variant)), count=4)
+    tensors, settings = [x for (x,) in arguments[:15]], arguments[15:]
+
+    def call(state: list[Tensor], inputs: list[Tensor], impl: str | None) -> None:
+        insertion_steps_(*([x] for x in (*state, *inputs)), *settings, impl)
+
+    return Work(tensors[:4], tensors[4:], call)
+
+
+WORKS = {
+    "second_moment_": moment_work,
+    "project_": projection_work,
+    "project_adam_": adam_work,
+    "insertion, resident": lambda: insertion_work(o=30, rank=1, sizes=((16, 17),), demodulate=True),
+    "insertion, cluster": lambda: insertion_work(o=20, rank=5, sizes=((6, 9), (4, 4)), demodulate=True),
+    "insertion, general": lambda: insertion_work(o=3, rank=16, kernel=(7, 7), sizes=((4, 5),)),
+}
+
+
+@pytest.fixture(params=WORKS)
+def work(request) -> Work:
+    torch.manual_seed(0)
+    return WORKS[request.param]()
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_threads(work, impl, on_device):
+    """Two threads at once, each with its own tensors and, on a GPU, its own stream."""
+    place = on_device if impl == "cuda" else lambda x: x
+    expected = work.placed(place).result(impl, times=3)
+    assert not same(expected, work.state)
+    mine = [work.placed(place) for _ in range(2)]
+    started, found = threading.Barrier(2), [None, None]
+
+    def body(n: int) -> None:
+        started.wait()
+        if impl == "cuda" and torch.cuda.is_available():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.default_stream())  # the copies were made there
+            with torch.cuda.stream(stream):
+                found[n] = mine[n].result(impl, times=3)
+        else:
+            found[n] = mine[n].result(impl, times=3)
+
+    threads = [threading.Thread(target=body, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] is not None, "the first thread raised"
+    assert found[1] is not None, "the second thread raised"
+    assert same(found[0], expected)
+    assert same(found[1], expected)
+
+
+class TestStreams:
+    pytestmark = needs_streams
+
+    def test_it_takes_its_turn_on_the_current_stream(self, work):
+        expected = work.placed(Tensor.cuda).result("cuda")
+        late = work.placed(Tensor.cuda)
+        arriving = [x.clone() for x in late.inputs]
+        for x in late.inputs:
+            x.zero_()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # the inputs arrive long after the call has returned
+            for x, value in zip(late.inputs, arriving, strict=True):
+                x.copy_(value)
+            late.run("cuda")
+        stream.synchronize()
+        assert same([x.cpu() for x in late.state], expected)
+
+    def test_it_can_be_captured_and_replayed(self, work):
+        """A graph takes up the call with all that it allocates; a replay reads what is there then."""
+        mine = work.placed(Tensor.cuda)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work.placed(Tensor.cuda).run("cuda")  # loads the kernels
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            mine.run("cuda")
+        graph.replay()
+        # Lands on the call's scratch, if that was freed.
+        filler = [torch.full((1 << 18,), float("nan"), device="cuda") for _ in range(8)]
+        graph.replay()
+        torch.cuda.synchronize()
+        del filler
+        assert same([x.cpu() for x in mine.state], work.placed(Tensor.cuda).result("cuda", times=2))
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU at most")
+    def test_tensors_on_another_gpu_than_the_current_one(self, work):
+        expected = work.placed(Tensor.cuda).result("cuda")
+        with torch.cuda.device(0):
+            other = work.placed(lambda x: x.to("cuda:1"))
+            assert same(other.result("cuda"), expected)
+            assert torch.cuda.current_device() == 0
