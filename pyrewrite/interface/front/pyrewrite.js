@@ -171,10 +171,10 @@ export function modelConnection(model) {
     send(message, buffers = []) {
       try {
         model.send(message, undefined, buffers.map((b) => b.slice().buffer));
-        return true;
       } catch {
-        return false; // no kernel behind the saved notebook
+        // No kernel behind a saved notebook. Where a host is silent about it, too, the missing answer tells.
       }
+      return true;
     },
     onMessage: (fn) => (receive = fn),
     onStatus: (fn) => setTimeout(() => fn("open"), 0),
@@ -555,6 +555,11 @@ class App {
     return this.state?.generator.image_size ?? 256;
   }
 
+  /** What has the focus; within a host's shadow root the document only knows that it is somewhere in there. */
+  get focused() {
+    return this.root.getRootNode().activeElement;
+  }
+
   get radius() {
     return Math.max(0.5, this.liked.brush * this.size);
   }
@@ -751,7 +756,7 @@ class App {
       download("patch", "Download patch", "The change of the weights, .safetensors"), download("edit", "Download edit", "The record, .json: the official tool reads it too"),
       download("checkpoint", "Download checkpoint", "The generator with all active edits merged"), download("sheet", "Download before and after", "A sheet of pictures, .png"),
       item("snapshot", "Snapshot", "These pictures, before and after, .png", () => this.download("snapshot", {}))), this.file);
-    const leave = (event) => !menu.contains(event.target) && (menu.open = false);
+    const leave = (event) => !event.composedPath().includes(menu) && (menu.open = false);
     document.addEventListener("pointerdown", leave);
     this.cleanups.push(() => document.removeEventListener("pointerdown", leave));
     menu.addEventListener("keydown", (e) => {
@@ -790,7 +795,7 @@ class App {
   update() {
     const s = this.state;
     setText(this.title, `${s.generator.name} · ${s.generator.family} · ${s.generator.image_size} px`);
-    if (document.activeElement !== this.numbers && this.numbers.value !== s.strip.text) this.numbers.value = s.strip.text;
+    if (this.focused !== this.numbers && this.numbers.value !== s.strip.text) this.numbers.value = s.strip.text;
     this.shown.forEach((el, i) => el.setAttribute("aria-pressed", String(s.shown === ["original", "edited"][i])));
     this.settleLocal();
     if (s.live.key === null) this.previews = {};
@@ -857,7 +862,7 @@ class App {
       if (view.range.value !== at) view.range.value = at;
       view.range.setAttribute("aria-valuetext", short(settings[key]));
       Object.assign(view.number, { min, max });
-      if (document.activeElement !== view.number && view.number.value !== short(settings[key])) view.number.value = short(settings[key]);
+      if (this.focused !== view.number && view.number.value !== short(settings[key])) view.number.value = short(settings[key]);
     }
   }
 
@@ -1055,7 +1060,7 @@ class App {
     keyed(this.edits, edits, (e) => e.id, (e) => this.makeEdit(e), (view, e) => {
       view.on.checked = e.on;
       view.el.classList.toggle("off", !e.on);
-      if (document.activeElement !== view.name) view.name.value = e.name;
+      if (this.focused !== view.name) view.name.value = e.name;
       setText(view.about, [e.layer, e.rank && `rank ${e.rank}`, e.seconds && `${e.seconds.toFixed(1)} s`].filter(Boolean).join(" · "));
       if (!view.busy && +view.strength.value !== e.strength) view.strength.value = e.strength;
       setText(view.value, short(+view.strength.value));
@@ -1492,7 +1497,7 @@ class App {
   }
 
   dialog(title, ...children) {
-    const back = this.root.getRootNode().activeElement;
+    const back = this.focused;
     const dialog = h("dialog", { "aria-label": title }, h("form", { method: "dialog" }, h("h2", {}, title), ...children));
     dialog.addEventListener("close", () => {
       dialog.remove();
@@ -1608,7 +1613,7 @@ class App {
     const system = window.matchMedia("(prefers-color-scheme: dark)");
     const apply = () => (this.root.dataset.theme = hostIsDark(system.matches) ? "dark" : "light");
     const watcher = new MutationObserver(apply);
-    for (const el of [document.body, document.documentElement]) watcher.observe(el, { attributes: true, attributeFilter: ["class", "data-jp-theme-light", "data-theme", "data-vscode-theme-kind"] });
+    for (const el of [document.body, document.documentElement]) watcher.observe(el, { attributes: true, attributeFilter: ["class", "theme", "data-jp-theme-light", "data-theme", "data-vscode-theme-kind"] });
     system.addEventListener("change", apply);
     const resize = () => this.later();
     window.addEventListener("resize", resize);
@@ -1622,15 +1627,16 @@ class App {
   }
 }
 
-/** What the host says of its theme: JupyterLab, VS Code, marimo; else the system's wish. */
+/** What the host says of its theme: JupyterLab, VS Code, marimo, Colab; else the system's wish. */
 function hostIsDark(system) {
   const { body, documentElement: top } = document;
   if (body.dataset.jpThemeLight) return body.dataset.jpThemeLight === "false";
   const editor = body.className.match(/vscode-(light|high-contrast-light|dark|high-contrast)/g);
   if (editor) return !editor.some((name) => name.endsWith("light"));
   for (const el of [top, body]) {
-    if (el.classList.contains("dark") || el.dataset.theme === "dark") return true;
-    if (el.classList.contains("light") || el.dataset.theme === "light") return false;
+    const said = el.dataset.theme ?? el.getAttribute("theme");
+    if (el.classList.contains("dark") || said === "dark") return true;
+    if (el.classList.contains("light") || said === "light") return false;
   }
   return system;
 }
