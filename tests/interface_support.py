@@ -67,10 +67,8 @@ class Screen:
             self.page.keyboard.up(modifier)
 
     def cap(self, surface) -> None:
-        """What covers the top of a head, hat included, in one stroke."""
-        rows = [0.16, 0.24, 0.32, 0.40, 0.46]
-        points = [(y, x) for i, y in enumerate(rows) for x in ((0.28, 0.72) if i % 2 == 0 else (0.72, 0.28))]
-        self.stroke(surface, points)
+        """What covers the top of a head, hat included, in one stroke of a wide brush."""
+        self.stroke(surface, [(0.3, 0.38), (0.3, 0.62)])
 
     def shot(self, name: str) -> None:
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from support import bits, same_bits
 
 pytest.importorskip("tornado", reason="the page needs tornado: pip install 'pyrewrite[ui]'")
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.browser
 HAT = 41  # wears a beanie
 BALD = [10, 52, 101, 83, 106, 173, 133, 24]  # the first gets the paste, the others are the context
 STRIP = ",".join(map(str, [HAT, *BALD])) + ",0-23"
+FEWER = ",".join(map(str, [HAT, *BALD])) + ",0-2"
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,13 @@ def test_1_it_opens_and_32_pictures_are_painted(story, measured):
     assert story.page.locator(".pyrewrite figure").count() == len(story.session.document.numbers) == 32
     assert pixels(story, '.tile[data-number="41"]').std() > 20
     assert measured["32 pictures after opening"][0] < 8000  # the target is 2 s; CI machines are slow
+    assert not story.page.locator(".pyrewrite .job").is_visible()  # nothing is done before something is painted
     story.shot("story-1-open")
+    numbers = story.page.locator("input[name=numbers]")
+    numbers.fill(FEWER)
+    numbers.press("Enter")
+    until(lambda: story.page.locator(".pyrewrite figure").count() == 12)
+    assert story.session.document.numbers == (HAT, *BALD, 0, 1, 2)
 
 
 def test_2_a_hat_is_copied(story, measured):
@@ -113,8 +121,8 @@ def test_2_a_hat_is_copied(story, measured):
     for _ in range(5):
         story.stroke(story.tile(HAT), [(0.3, 0.3), (0.3, 0.5)])
         times.append(float(until(lambda: story.page.evaluate(TAKE_PAINT_MS))))
-    story.page.keyboard.press("]")
-    story.page.keyboard.press("]")
+    for _ in range(6):
+        story.page.keyboard.press("]")
     story.cap(story.tile(HAT))
     until(lambda: mask_of(story.session).sum() > 1500)
     story.shot("story-2-painted")
@@ -159,7 +167,7 @@ def test_5_live_pictures_follow_the_hand(story, measured):
     }"""
     story.page.evaluate(watch)
     paste, row = measured["live paste after a stroke"], measured["live row of eight"] = [], []
-    for i in range(6):  # a hole in the hat, and the hat whole again
+    for i in range(4):  # a hole in the hat, and the hat whole again
         story.stroke(
             story.page.locator(".pyrewrite .object .surface"),
             [(0.3, 0.3 + 0.05 * (i // 2))],
@@ -256,6 +264,7 @@ def test_9_save_reload_load_and_downloads(story):
     story.ready()
     assert text_of(story, ".edits .report").startswith("Loss")
     assert story.page.locator(".pyrewrite .contexts .thumb").count() == len(BALD) - 1
+    live(story, "row", ".row .thumb")  # what was live before it was loaded again is there again
 
     with story.page.expect_download() as download:
         story.menu("patch")
@@ -277,7 +286,30 @@ def test_9_save_reload_load_and_downloads(story):
     assert story.page.locator(".pyrewrite .contexts .thumb").count() == len(BALD) - 1
 
 
-def test_a_revert_and_undo(story):
+def test_a_ready_edits_stack_and_revert(story):
+    """A second edit from the gallery: its strength, its name, the order of the two, their overlap; then all off."""
+    session = story.session
+    story.menu("gallery")
+    entries = story.page.locator("dialog .list button:not(.selections)")
+    entries.first.wait_for()
+    assert entries.count() >= 2
+    story.shot("story-8-gallery")
+    entries.first.click()
+    until(lambda: len(session.document.edits) == 2, 60)
+    first, second = [e.id for e in session.document.edits]
+    line = story.page.locator(f'.pyrewrite .edits li[data-edit="{second}"]')
+    both = weights_of(story)
+    line.locator("input[type=range]").fill("0.5")
+    until(lambda: session.document.edits[1].strength == 0.5)
+    assert not np.array_equal(weights_of(story), both)
+    line.locator("input.name").fill("second rule")
+    line.locator("input.name").press("Enter")
+    until(lambda: session.document.edits[1].name == "second rule")
+    line.get_by_title("Earlier in the order").click()
+    until(lambda: [e.id for e in session.document.edits] == [second, first])
+    line.get_by_title("Take this edit off").click()
+    until(lambda: [e.id for e in session.document.edits] == [first])
+
     story.press("revert")
     until(lambda: same_bits(story.generator, story.kept))
     story.page.wait_for_selector(".pyrewrite .stack", state="hidden")
@@ -285,6 +317,10 @@ def test_a_revert_and_undo(story):
     until(lambda: not same_bits(story.generator, story.kept))
     story.button("redo").click()
     until(lambda: same_bits(story.generator, story.kept))
+
+
+def weights_of(story):
+    return np.concatenate([layer.weight.detach().numpy().ravel() for layer in story.generator.layers.values()])
 
 
 def test_b_cancel_leaves_everything_as_it_was(story):
@@ -298,7 +334,7 @@ def test_b_cancel_leaves_everything_as_it_was(story):
     story.page.wait_for_selector('.pyrewrite[data-job="execute"]')
     story.page.reload()  # in the middle of a solve
     story.page.wait_for_selector('.pyrewrite[data-ready][data-job="execute"]')
-    story.shot("story-8-progress")
+    story.shot("story-9-progress")
     story.press("cancel")
     story.page.wait_for_selector('.pyrewrite[data-job=""]')
     assert session.document.edits == ()
@@ -312,19 +348,60 @@ def test_c_pick_hint_search_and_matches(story):
     story.page.mouse.click(box["x"] + 0.5 * box["width"], box["y"] + 0.3 * box["height"])
     mask = until(lambda: mask_of(session))
     assert 20 < mask.sum() < 0.9 * mask.size
-    story.shot("story-9-picked")
+    story.shot("story-10-picked")
     story.press("hint")
     story.page.wait_for_selector(".pyrewrite .suggestion", timeout=60_000)
     assert story.page.locator(".pyrewrite .suggestion strong").first.inner_text().startswith("layer")
     story.press("matches")
     until(lambda: session.document.matches)
     story.page.wait_for_function(
-        "() => [...document.querySelectorAll('figure canvas.overlay')].filter((c) => c.width > 1).length > 20",
+        "() => [...document.querySelectorAll('figure canvas.overlay')].filter((c) => c.width > 1).length > 8",
         timeout=60_000,
     )
-    story.shot("story-10-matches")
+    story.shot("story-11-matches")
     story.press("matches")
     story.press("search")
-    until(lambda: session.document.strip != STRIP, 60)
+    until(lambda: session.document.strip != FEWER, 60)
     story.ready()
-    story.shot("story-11-found")
+    story.shot("story-12-found")
+
+
+def test_d_protect_erase_and_other_files(story):
+    session = story.session
+    story.page.keyboard.press("b")
+    story.stroke(story.tile(session.document.numbers[0]), [(0.8, 0.4), (0.8, 0.6)])
+    story.press("protect")
+    story.page.wait_for_selector(".pyrewrite .protects .thumb")
+    story.page.locator(".pyrewrite .protects .cross").click()
+    until(lambda: session.document.protect == ())
+    story.page.locator(".pyrewrite details.more > summary").click()
+    story.page.locator(".pyrewrite select[aria-label='Erase by']").select_option("zero")
+    story.press("erase")
+    story.page.wait_for_selector(".pyrewrite .edits li", timeout=60_000)
+    assert not same_bits(story.generator, story.kept)
+    for kind, start in [("checkpoint", b""), ("sheet", b"\x89PNG"), ("snapshot", b"\x89PNG")]:
+        with story.page.expect_download() as download:
+            story.menu(kind)
+        path = story.folder / download.value.suggested_filename
+        download.value.save_as(path)
+        assert path.read_bytes().startswith(start)
+        assert path.stat().st_size > 10_000
+    with story.page.expect_download() as download:
+        story.page.locator(".pyrewrite .edits li").get_by_title("Download this patch").click()
+    patch = story.folder / "erase.safetensors"
+    download.value.save_as(patch)
+    story.page.locator(".pyrewrite .edits li").get_by_title("Take this edit off").click()
+    until(lambda: same_bits(story.generator, story.kept))
+    story.page.locator("input[type=file]").set_input_files(patch)
+    until(lambda: len(session.document.edits) == 1)
+    story.press("revert")
+    until(lambda: same_bits(story.generator, story.kept))
+
+    latent = story.folder / "from another tool.npy"
+    np.save(latent, torch.zeros(story.generator.w_dim).numpy())
+    story.page.locator("input[type=file]").set_input_files(latent)
+    (number,) = until(lambda: list(session.document.brought))
+    story.page.wait_for_selector(f'figure[data-number="{number}"] .surface[data-drawn]')
+    assert story.page.locator(f'figure[data-number="{number}"] figcaption').inner_text() == latent.name
+    story.cap(story.tile(number))  # it can be painted like any other
+    until(lambda: session.document.painted.image == number)

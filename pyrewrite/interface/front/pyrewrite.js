@@ -498,7 +498,7 @@ const MORE = [
   ["project_every", "Project every", "Steps between two projections (method: projected)."],
   ["protect_rank", "Protect rank", "Number of directions that stand for what is protected."],
   ["units", "Erase units", "How many units Erase silences."],
-  ["quantile", "Match quantile", "Context matches: the share of all pixels below the outline."],
+  ["quantile", "Match above", "Context matches: the share of all pixels below the outline."],
 ];
 const CHOICES = {
   method: { low_rank: "low rank", projected: "projected (published)", least_squares: "least squares (closed form)" },
@@ -533,7 +533,7 @@ class App {
     this.kind = connection.kind;
     this.liked = { ...REMEMBERED, ...read() };
     this.tool = "brush";
-    this.previews = {}; // kind -> {key, tiles, ms}
+    this.previews = {}; // kind -> {key, tiles}
     this.arrivals = {}; // kind -> count, so that an old picture that decodes late is dropped
     this.outlines = new Map();
     this.stroke = null;
@@ -632,8 +632,8 @@ class App {
         section("rules", "Rule", h("div", { class: "field" }, h("label", {}, "Layer"), this.layer, button("hint", "Which?", "Which layer fits the selection?", () => this.hint())), this.hints, ...SLIDERS.map((s) => this.slider(...s)), this.more),
         this.editsSection),
       h("div", { class: "execute" }, this.job, h("div", { class: "buttons" },
-        button("execute", "Execute", "Change the rule (Ctrl + Enter)", () => this.act("execute"), { class: "primary" }),
-        button("erase", "Erase", "Remove what the context shows", () => this.act("erase", { method: this.erasing.value })), this.cancel)));
+        button("execute", "Execute", "Change the rule (Ctrl + Enter)", () => this.act("execute", {}, (done) => this.showReport(done)), { class: "primary" }),
+        button("erase", "Erase", "Remove what the context shows", () => this.act("erase", { method: this.erasing.value }, (done) => this.showReport(done))), this.cancel)));
     this.row = h("div", { class: "thumbs" });
     this.rowHint = h("p", { class: "hint" });
     this.footer = h("footer", { class: "row", "aria-label": "Pictures outside the context" }, h("div", {}, h("h2", {}, "Elsewhere"), this.rowHint), this.row);
@@ -1051,7 +1051,7 @@ class App {
     }, (view, n) => this.showLive(view.surface, "row", n, 92));
     const { error } = this.state.live;
     const live = this.livePreview("row");
-    setText(this.rowHint, error ? `No live pictures: ${error}` : live ? `Live: what the rule does to pictures you did not touch (${Math.round(live.ms)} ms)` : "Pictures that are not in the context");
+    setText(this.rowHint, error ? `No live pictures: ${error}` : live ? "Live: what the rule does to pictures you did not touch" : "Pictures that are not in the context");
   }
 
   updateEdits() {
@@ -1114,7 +1114,7 @@ class App {
   updateJob() {
     const job = this.state.job;
     const statistics = this.state.statistics;
-    const collecting = !job && statistics && !statistics.ready;
+    const collecting = !job && !statistics.ready && statistics.of > 0;
     this.job.hidden = !job && !collecting;
     this.cancel.hidden = !job;
     this.root.dataset.job = job ? job.kind : "";
@@ -1124,9 +1124,8 @@ class App {
       else this.bar.removeAttribute("value");
       setText(this.working, [label ?? job.kind, steps && `step ${step} of ${steps}`, Number.isFinite(loss) && `loss ${loss.toFixed(4)}`].filter(Boolean).join(" · "));
     } else if (collecting) {
-      if (statistics.of) this.bar.value = statistics.done / statistics.of;
-      else this.bar.removeAttribute("value");
-      setText(this.working, `statistics of ${statistics.layer}${statistics.of ? ` · ${statistics.done} of ${statistics.of} pictures` : ""}`);
+      this.bar.value = statistics.done / statistics.of;
+      setText(this.working, `Statistics of ${statistics.layer} · ${statistics.done} of ${statistics.of} pictures`);
     }
   }
 
@@ -1355,6 +1354,13 @@ class App {
     });
   }
 
+  /** What an edit did, where it can be seen and heard. */
+  showReport({ report }) {
+    this.update();
+    this.editsSection.scrollIntoView({ block: "nearest" });
+    this.say(describe(report));
+  }
+
   page(by) {
     if (!this.state) return;
     const numbers = this.state.strip.numbers.filter((n) => n < this.state.generator.samples); // without brought ones
@@ -1404,7 +1410,7 @@ class App {
     const arrival = (this.arrivals[kind] = (this.arrivals[kind] ?? 0) + 1);
     const tiles = await cutSheet(message, buffers[0]);
     if (arrival !== this.arrivals[kind]) return;
-    this.previews[kind] = { key: message.key, ms: message.ms, tiles: new Map(tiles) };
+    this.previews[kind] = { key: message.key, tiles: new Map(tiles) };
     this.root.dataset[`live${kind}`] = message.key;
     this.later();
   }
@@ -1542,9 +1548,14 @@ class App {
     const done = await this.client.request({ type: "get", what: "gallery" }).catch((error) => (this.notice("error", error.message), null));
     if (!done) return;
     const entries = done.gallery;
-    const dialog = this.dialog("Ready edits", h("p", { class: "hint" }, entries.length ? "Solved and ready: one click changes the rule." : "None come with this generator."),
-      h("div", { class: "list" }, ...entries.map((e) => h("button", { type: "submit", value: e.name }, e.title ?? e.name))), h("div", { class: "buttons" }, h("button", { type: "submit", value: "" }, "Cancel")));
-    dialog.addEventListener("close", () => dialog.returnValue && this.act("gallery", { apply: dialog.returnValue }));
+    const dialog = this.dialog("Ready edits", h("p", { class: "hint" }, entries.length ? "One click solves it and adds it to the edits." : "None come with this generator."),
+      h("div", { class: "list" }, ...entries.map((e) => h("div", { class: "line" }, h("button", { type: "submit", value: `apply ${e.name}`, title: `A rule of ${e.layer}` }, e.title),
+        h("button", { type: "submit", value: `load ${e.name}`, class: "selections", title: "Load what was painted for it, to see how it is made or to change it" }, "Selections")))),
+      h("div", { class: "buttons" }, h("button", { type: "submit", value: "" }, "Cancel")));
+    dialog.addEventListener("close", () => {
+      const [, field, name] = dialog.returnValue.match(/^(\w+) (.*)/) ?? [];
+      if (name) this.act("gallery", { [field]: name });
+    });
   }
 
   help() {
