@@ -174,7 +174,11 @@ def test_5_live_pictures_follow_the_hand(story, measured):
             modifier=None if i % 2 else "Control",
         )
         seen = until(
-            lambda: (seen := story.page.evaluate("window.seen")) and {"data-livepaste", "data-liverow"} <= set(seen) and seen
+            lambda: (
+                (seen := story.page.evaluate("window.seen"))
+                and {"data-livepaste", "data-liverow"} <= set(seen)
+                and seen
+            )
         )
         paste.append(seen["data-livepaste"])
         row.append(seen["data-liverow"])
