@@ -129,7 +129,7 @@ def test_it_paints_copies_and_pastes(render, session, shadow):
     screen.page.wait_for_selector(".pyrewrite .paste.has")
     screen.page.wait_for_selector('.pyrewrite .paste .surface[data-live="now"]')
     screen.shot("host-shadow" if shadow else "host-plain")
-    screen.menu("new")  # an item of a menu, which closes where one presses outside of it
+    screen.menu("new")
     screen.page.wait_for_selector(".pyrewrite .object:not(.has)")
     assert screen.problems == []
 
