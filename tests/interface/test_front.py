@@ -35,29 +35,46 @@ def page(session):
     running.close()
 
 
+@pytest.fixture(scope="module")
+def tabs(browser):
+    """One tab for each size and kind of screen: opening one takes longer than most tests."""
+    opened = {}
+    yield opened
+    for screen in opened.values():
+        screen.page.context.close()
+
+
 @pytest.fixture
-def screen(browser, page, request, session):
-    """A new context, as new as another person's browser, on a new document."""
+def screen(browser, page, request, session, tabs):
+    """A page as another person would open it, on a new document."""
     options = {"viewport": {"width": 1280, "height": 800}, **getattr(request, "param", {})}
-    context = browser.new_context(**options)
-    opened = Screen(context.new_page(), page.address).open()
+    kind = json.dumps(options)
+    if kind not in tabs:
+        tabs[kind] = Screen(browser.new_context(**options).new_page(), page.address)
+    opened = tabs[kind]
+    opened.page.emulate_media(color_scheme="light")
+    opened.open()
     opened.page.evaluate(RESET)
     until(lambda: session.document.painted is None and session.document.object is None)
     yield opened
-    problems = opened.problems
-    context.close()
+    opened.page.evaluate("localStorage.clear()")
+    problems = opened.problems[:]
+    opened.problems.clear()
     assert problems == []
 
 
 # Other tests' leavings: a new edit on the same session, through a line of its own.
 RESET = """async () => {
-  const { frame } = await import("./pyrewrite.js");
+  const { frame, unframe } = await import("./pyrewrite.js");
   const socket = new WebSocket(new URL("socket", location.href.replace(/^http/, "ws")));
   socket.binaryType = "arraybuffer";
   await new Promise((go) => (socket.onopen = go));
   const todo = [{ action: "new" }, { action: "strip", text: "0-11" }, { action: "toggle", shown: "edited" }];
-  for (const fields of todo) socket.send(frame({ type: "do", id: fields.action, ...fields }));
-  await new Promise((go) => setTimeout(go, 100));
+  await new Promise((go) => {
+    let left = todo.length;
+    socket.onmessage = ({ data }) => ["done", "error"].includes(unframe(data)[0].type) && --left === 0 && go();
+    for (const fields of todo) socket.send(frame({ type: "do", id: fields.action, ...fields }));
+  });
   socket.close();
 }"""
 
@@ -104,11 +121,10 @@ def test_masks_in_the_module(screen):
     ids=["100%", "80%", "150%", "dense", "200%"],
     indirect=True,
 )
-@pytest.mark.parametrize("tile", [72, 136, 300])
+@pytest.mark.parametrize("tile", [72, 136, 304])
 def test_strokes_land_under_the_cursor(screen, session, tile):
-    screen.page.evaluate("localStorage.clear()")
-    screen.page.evaluate(f"localStorage.setItem('pyrewrite', '{json.dumps({'tile': tile, 'brush': 0.03})}')")
-    screen.page.reload()
+    screen.page.locator("input[name=tile]").fill(str(tile))
+    screen.page.locator("input[name=brush]").fill("0.03")
     screen.ready()
     for number in (0, 11):  # the last one is scrolled into view
         screen.stroke(screen.tile(number), [DOT])
@@ -118,9 +134,8 @@ def test_strokes_land_under_the_cursor(screen, session, tile):
         assert abs(y.mean() + 0.5 - DOT[0] * SIZE) <= 0.6 + pixel
         assert abs(x.mean() + 0.5 - DOT[1] * SIZE) <= 0.6 + pixel
         radius = 0.03 * SIZE
-        assert (
-            abs(mask.sum() - np.pi * radius**2) < 0.25 * np.pi * radius**2
-        )  # the brush is in the picture's pixels too
+        # The brush is in the picture's pixels too.
+        assert abs(mask.sum() - np.pi * radius**2) < 0.25 * np.pi * radius**2
     screen.press("clear")
 
 
@@ -386,6 +401,7 @@ def test_two_tabs_show_the_same(screen, page, session):
     until(lambda: session.document.object is None)
     screen.page.wait_for_selector(".pyrewrite .object:not(.has)")
     assert other.problems == []
+    other.page.close()
 
 
 def test_a_wrong_token_shows_no_interface(browser, page):

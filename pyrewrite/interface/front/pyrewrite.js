@@ -658,7 +658,9 @@ class App {
   /** A button of an action of the session. Off, it stays readable and says why. */
   button(action, text, title, run, extra = {}) {
     const el = h("button", { type: "button", "data-action": action, title, ...extra, onclick: () => {
-      // While something is under way (C, then V at once) what is allowed is about to change: the session decides.
+      // A key may be faster than the next frame, and while something is under way (C, then V at once) what is allowed
+      // is about to change: the session decides.
+      if (this.state) this.updateButtons();
       if (el.getAttribute("aria-disabled") === "true" && !this.client.pending.size) this.notice("info", el.title);
       else run();
     } }, text);
@@ -835,7 +837,7 @@ class App {
 
   updateButtons() {
     const can = { ...this.state.can, ...downloads(this.state.can), clear: this.painted || this.state.painted ? true : "nothing is selected", upload: true };
-    if (this.stroke || this.local?.pending) for (const name of ["copy", "add_context", "protect", "match_selection"]) can[name] = true;
+    if (this.stroke || this.local) for (const name of ["copy", "add_context", "protect", "match_selection"]) can[name] = true;
     for (const [action, el] of this.controls) {
       if (!el.dataset?.action) continue;
       const allowed = this.client.open === false ? "there is no connection at this moment" : (can[action] ?? true);
