@@ -81,6 +81,8 @@ Choice choose(const SecondMomentParams& p, Precision precision, MomentFamily fam
 Status second_moment_workspace(const SecondMomentParams& params, Precision precision, MomentFamily family, int device,
                                std::size_t* bytes) {
   *bytes = 0;
+  const DeviceGuard guard(device);  // what kernels a build has is asked of the current device
+  if (guard.error() != cudaSuccess) return cuda_status(guard.error(), "choosing the device", device);
   Gpu gpu;
   const Status status = look_up(device, family, &gpu);
   if (!status.ok()) return status;

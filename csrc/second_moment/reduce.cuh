@@ -79,23 +79,21 @@ __global__ void __launch_bounds__(32 * kReduceGroups)
   if (i != j) moment.data[j * moment.row_stride + i * moment.column_stride] += total;
 }
 
+template <typename Traits, typename T>
+cudaError_t reduce_typed(const MomentLaunch& launch) {
+  const dim3 grid(Traits::kTile * Traits::kTile / 32, launch.plan.tiles());
+  reduce_kernel<Traits, T><<<grid, 32 * kReduceGroups, 0, launch.stream>>>(launch.source, launch.plan, launch.workspace,
+                                                                           launch.peaks, launch.moment);
+  return cudaGetLastError();
+}
+template <typename Traits>
+cudaError_t reduce_16bit(const MomentLaunch& launch) {
+  return launch.dtype == DType::float16 ? reduce_typed<Traits, __half>(launch)
+                                        : reduce_typed<Traits, __nv_bfloat16>(launch);
+}
 template <typename Traits>
 cudaError_t reduce_partials(const MomentLaunch& launch) {
-  const dim3 grid(Traits::kTile * Traits::kTile / 32, launch.plan.tiles());
-  const auto run = [&](auto kernel) {
-    kernel<<<grid, 32 * kReduceGroups, 0, launch.stream>>>(launch.source, launch.plan, launch.workspace, launch.peaks,
-                                                           launch.moment);
-    return cudaGetLastError();
-  };
-  switch (launch.dtype) {
-    case DType::float32:
-      return run(reduce_kernel<Traits, float>);
-    case DType::float16:
-      return run(reduce_kernel<Traits, __half>);
-    case DType::bfloat16:
-      return run(reduce_kernel<Traits, __nv_bfloat16>);
-  }
-  return cudaErrorInvalidValue;
+  return launch.dtype == DType::float32 ? reduce_typed<Traits, float>(launch) : reduce_16bit<Traits>(launch);
 }
 
 }  // namespace pyrewrite

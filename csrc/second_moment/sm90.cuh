@@ -455,6 +455,14 @@ cudaError_t launch_partials(const MomentLaunch& launch) {
                                            : launch_partial<Input, Mma, false>(launch, kSingle);
 }
 
+template <typename Input, typename T>
+cudaError_t reduce_input(const MomentLaunch& launch) {
+  if constexpr (Input::kFromFloat32)
+    return reduce_typed<T, float>(launch);
+  else
+    return reduce_16bit<T>(launch);
+}
+
 template <typename Input, typename Mma, bool kSingle>
 constexpr MomentKernel kSm90{Tiles<kSingle>::kTile,
                              16,
@@ -462,7 +470,7 @@ constexpr MomentKernel kSm90{Tiles<kSingle>::kTile,
                              kSingle ? 3 : 2,
                              Memory<Input>::kBytes,
                              launch_partials<Input, Mma, kSingle>,
-                             reduce_partials<Tiles<kSingle>>,
+                             reduce_input<Input, Tiles<kSingle>>,
                              kSingle ? 1 : 4,
                              Input::kFromFloat32,
                              !Input::kFromFloat32};

@@ -68,9 +68,7 @@ __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, int phase) {
 
 // What was written to this block's shared memory before is seen by matrix products that come after. Who writes and who
 // multiplies both call it; the same for the memory of the whole cluster would be a fence of the GPU.
-__device__ __forceinline__ void fence_for_products() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+__device__ __forceinline__ void fence_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Eight bytes to `to` + kOffset, here or in another block.
 template <int kOffset>

@@ -171,10 +171,10 @@ export function modelConnection(model) {
     send(message, buffers = []) {
       try {
         model.send(message, undefined, buffers.map((b) => b.slice().buffer));
-        return true;
       } catch {
-        return false; // no kernel behind the saved notebook
+        // No kernel behind a saved notebook. Where a host is silent about it, too, the missing answer tells.
       }
+      return true;
     },
     onMessage: (fn) => (receive = fn),
     onStatus: (fn) => setTimeout(() => fn("open"), 0),
@@ -199,6 +199,7 @@ class Client {
     this.count = 0;
     this.pending = new Map();
     this.latest = new Map();
+    this.awaited = new Map(); // what `doLatest` has settled -> the revision that shows it
     this.state = null;
     this.pictures = new Map(); // "weights/number/size" -> {bitmap, x, y, size}
     this.masks = new Map(); // hash -> Mask
@@ -264,7 +265,14 @@ class Client {
       if (error?.lost) break;
     }
     this.latest.delete(key);
+    this.awaited.delete(key);
     if (error) throw error;
+    this.awaited.set(key, this.state.revision + 1); // a state follows each answer that changes something
+  }
+
+  /** Whether a control is ahead of the state: what it says is on its way, and must not be set back meanwhile. */
+  isAhead(key) {
+    return this.latest.has(key) || this.state.revision < (this.awaited.get(key) ?? 0);
   }
 
   receive(message, buffers) {
@@ -555,6 +563,11 @@ class App {
     return this.state?.generator.image_size ?? 256;
   }
 
+  /** What has the focus; within a host's shadow root the document only knows that it is somewhere in there. */
+  get focused() {
+    return this.root.getRootNode().activeElement;
+  }
+
   get radius() {
     return Math.max(0.5, this.liked.brush * this.size);
   }
@@ -608,7 +621,7 @@ class App {
     this.protect = h("div", { class: "thumbs" });
     this.edits = h("ol", { class: "edits" });
     this.overlap = h("p", { class: "hint" });
-    this.layer = h("select", { "aria-label": "Layer", onchange: () => this.act("set", { layer: this.layer.value }) });
+    this.layer = h("select", { "aria-label": "Layer", onchange: () => this.latest("set layer", "set", { layer: this.layer.value }) });
     this.hints = h("div", { class: "hints" });
     this.more = h("details", { class: "more" }, h("summary", {}, "More settings"), ...Object.keys(CHOICES).map((name) => this.choice(name)), ...MORE.map((s) => this.slider(...s)),
       this.select("Erase by", this.erasing = options(ERASING)));
@@ -732,7 +745,7 @@ class App {
 
   choice(name) {
     const select = options(CHOICES[name]);
-    select.addEventListener("change", () => this.act("set", { [name]: select.value }));
+    select.addEventListener("change", () => this.latest(`set ${name}`, "set", { [name]: select.value }));
     this.controls.set(`set-${name}`, { select });
     return this.select(CHOICE_NAMES[name], select);
   }
@@ -753,7 +766,7 @@ class App {
       download("patch", "Download patch", "The change of the weights, .safetensors"), download("edit", "Download edit", "The record, .json: the official tool reads it too"),
       download("checkpoint", "Download checkpoint", "The generator with all active edits merged"), download("sheet", "Download before and after", "A sheet of pictures, .png"),
       item("snapshot", "Snapshot", "These pictures, before and after, .png", () => this.download("snapshot", {}))), this.file);
-    const leave = (event) => !menu.contains(event.target) && (menu.open = false);
+    const leave = (event) => !event.composedPath().includes(menu) && (menu.open = false);
     document.addEventListener("pointerdown", leave);
     this.cleanups.push(() => document.removeEventListener("pointerdown", leave));
     menu.addEventListener("keydown", (e) => {
@@ -792,7 +805,7 @@ class App {
   update() {
     const s = this.state;
     setText(this.title, `${s.generator.name} · ${s.generator.family} · ${s.generator.image_size} px`);
-    if (document.activeElement !== this.numbers && this.numbers.value !== s.strip.text) this.numbers.value = s.strip.text;
+    if (this.focused !== this.numbers && this.numbers.value !== s.strip.text) this.numbers.value = s.strip.text;
     this.shown.forEach((el, i) => el.setAttribute("aria-pressed", String(s.shown === ["original", "edited"][i])));
     this.settleLocal();
     if (s.live.key === null) this.previews = {};
@@ -843,23 +856,23 @@ class App {
       this.layer.dataset.names = names;
       this.layer.replaceChildren(...generator.layers.map((l) => h("option", { value: l.name }, `${l.name} · ${l.resolution}×${l.resolution}`)));
     }
-    if (this.layer.value !== settings.layer) this.layer.value = settings.layer;
+    if (this.layer.value !== settings.layer && !this.client.isAhead("set layer")) this.layer.value = settings.layer;
     for (const [name, view] of this.controls) {
       if (!name.startsWith("set-")) continue;
       const key = name.slice(4);
       if (view.select) {
-        if (view.select.value !== settings[key]) view.select.value = settings[key];
+        if (view.select.value !== settings[key] && !this.client.isAhead(`set ${key}`)) view.select.value = settings[key];
         continue;
       }
       view.el.hidden = settings[key] === undefined;
-      if (view.busy || settings[key] === undefined) continue;
+      if (view.busy || settings[key] === undefined || this.client.isAhead(`set ${key}`)) continue;
       const [min, max] = ranges?.[key] ?? [0, 1];
       Object.assign(view.range, { min: 0, max: 1000, step: 1 });
       const at = String(Math.round(clamp(this.toRange(key, settings[key]), 0, 1000)));
       if (view.range.value !== at) view.range.value = at;
       view.range.setAttribute("aria-valuetext", short(settings[key]));
       Object.assign(view.number, { min, max });
-      if (document.activeElement !== view.number && view.number.value !== short(settings[key])) view.number.value = short(settings[key]);
+      if (this.focused !== view.number && view.number.value !== short(settings[key])) view.number.value = short(settings[key]);
     }
   }
 
@@ -957,7 +970,7 @@ class App {
     keyed(this.context, s.context, (c) => c.image, (c) => this.makeContext(c), (view, c) => {
       view.entry = c;
       view.el.classList.toggle("off", !c.on);
-      view.on.checked = c.on;
+      if (!this.client.isAhead(`place ${c.image}`)) view.on.checked = c.on;
       view.surface.number = c.image;
       this.showLive(view.surface, "context", c.image, small);
       this.drawLanding(view.surface, c, ROLES.context, !c.on);
@@ -1024,7 +1037,7 @@ class App {
   makeContext(entry) {
     const surface = new Surface(this);
     const view = { surface, entry };
-    view.on = h("input", { type: "checkbox", "aria-label": `Object lands on picture ${entry.image}`, title: "The object lands here. Off: the picture stays in the context, without the object.", onchange: () => this.act("place", { image: entry.image, on: view.on.checked }) });
+    view.on = h("input", { type: "checkbox", "aria-label": `Object lands on picture ${entry.image}`, title: "The object lands here. Off: the picture stays in the context, without the object.", onchange: () => this.latest(`place ${entry.image}`, "place", { image: entry.image, on: view.on.checked }) });
     const cross = this.plain("×", `Remove picture ${entry.image} from the context`, () => this.act("remove", { what: "context", image: entry.image }), { class: "cross" });
     view.caption = h("span", { class: "caption" });
     this.draggable(surface, () => view.entry);
@@ -1046,20 +1059,21 @@ class App {
       surface.number = n;
       return { surface, el: h("div", { class: "thumb", "data-number": n }, surface.box, h("span", { class: "caption" }, String(n))) };
     }, (view, n) => this.showLive(view.surface, "row", n, 92));
-    const { error } = this.state.live;
+    const { error, note } = this.state.live;
     const live = this.livePreview("row");
-    setText(this.rowHint, error ? `No live pictures: ${error}` : live ? "Live: what the rule does to pictures you did not touch" : "Pictures that are not in the context");
+    const hint = error ? `No live pictures: ${error}` : live ? "Live: what the rule does to pictures you did not touch" : "Pictures that are not in the context";
+    setText(this.rowHint, live && note ? `${hint}. ${note}` : hint);
   }
 
   updateEdits() {
     const { edits, overlap } = this.state;
     this.editsSection.hidden = edits.length === 0;
     keyed(this.edits, edits, (e) => e.id, (e) => this.makeEdit(e), (view, e) => {
-      view.on.checked = e.on;
+      if (!this.client.isAhead(`on ${e.id}`)) view.on.checked = e.on;
       view.el.classList.toggle("off", !e.on);
-      if (document.activeElement !== view.name) view.name.value = e.name;
+      if (this.focused !== view.name) view.name.value = e.name;
       setText(view.about, [e.layer, e.rank && `rank ${e.rank}`, e.seconds && `${e.seconds.toFixed(1)} s`].filter(Boolean).join(" · "));
-      if (!view.busy && +view.strength.value !== e.strength) view.strength.value = e.strength;
+      if (!view.busy && !this.client.isAhead(`strength ${e.id}`) && +view.strength.value !== e.strength) view.strength.value = e.strength;
       setText(view.value, short(+view.strength.value));
       setText(view.report, describe(e.report));
       const warnings = [...new Set([e.warning, ...(e.report?.warnings ?? [])].filter(Boolean))];
@@ -1079,7 +1093,7 @@ class App {
     const { id } = edit;
     const stack = (fields) => this.act("stack", { edit: id, ...fields });
     const view = { busy: false };
-    view.on = h("input", { type: "checkbox", "aria-label": "This edit is on", title: "On or off", onchange: () => stack({ on: view.on.checked }) });
+    view.on = h("input", { type: "checkbox", "aria-label": "This edit is on", title: "On or off", onchange: () => this.latest(`on ${id}`, "stack", { edit: id, on: view.on.checked }) });
     view.name = h("input", { type: "text", class: "name", "aria-label": "Name of the edit", maxlength: "64", spellcheck: "false", onchange: () => stack({ name: view.name.value }) });
     view.strength = h("input", { type: "range", min: "0", max: "2", step: "0.05", "aria-label": "Strength of this edit", oninput: () => {
       view.busy = true;
@@ -1500,7 +1514,7 @@ class App {
   }
 
   dialog(title, ...children) {
-    const back = this.root.getRootNode().activeElement;
+    const back = this.focused;
     const dialog = h("dialog", { "aria-label": title }, h("form", { method: "dialog" }, h("h2", {}, title), ...children));
     dialog.addEventListener("close", () => {
       dialog.remove();
@@ -1621,7 +1635,7 @@ class App {
     const system = window.matchMedia("(prefers-color-scheme: dark)");
     const apply = () => (this.root.dataset.theme = hostIsDark(system.matches) ? "dark" : "light");
     const watcher = new MutationObserver(apply);
-    for (const el of [document.body, document.documentElement]) watcher.observe(el, { attributes: true, attributeFilter: ["class", "data-jp-theme-light", "data-theme", "data-vscode-theme-kind"] });
+    for (const el of [document.body, document.documentElement]) watcher.observe(el, { attributes: true, attributeFilter: ["class", "theme", "data-jp-theme-light", "data-theme", "data-vscode-theme-kind"] });
     system.addEventListener("change", apply);
     const resize = () => this.later();
     window.addEventListener("resize", resize);
@@ -1635,15 +1649,16 @@ class App {
   }
 }
 
-/** What the host says of its theme: JupyterLab, VS Code, marimo; else the system's wish. */
+/** What the host says of its theme: JupyterLab, VS Code, marimo, Colab; else the system's wish. */
 function hostIsDark(system) {
   const { body, documentElement: top } = document;
   if (body.dataset.jpThemeLight) return body.dataset.jpThemeLight === "false";
   const editor = body.className.match(/vscode-(light|high-contrast-light|dark|high-contrast)/g);
   if (editor) return !editor.some((name) => name.endsWith("light"));
   for (const el of [top, body]) {
-    if (el.classList.contains("dark") || el.dataset.theme === "dark") return true;
-    if (el.classList.contains("light") || el.dataset.theme === "light") return false;
+    const said = el.dataset.theme ?? el.getAttribute("theme");
+    if (el.classList.contains("dark") || said === "dark") return true;
+    if (el.classList.contains("light") || said === "light") return false;
   }
   return system;
 }
@@ -1659,6 +1674,7 @@ function describe(report) {
   const targets = report.targets?.length;
   if (Number.isFinite(report.context_changed) && targets) parts.push(`changed in ${Math.round(report.context_changed * targets)} of ${targets} context pictures`);
   if (Number.isFinite(report.change_elsewhere)) parts.push(`other pictures change by ${share(report.change_elsewhere)}`);
+  if (report.protected) parts.push(`what is protected changes by ${share(report.protected.change)}`);
   if (Number.isFinite(report.relative_size)) parts.push(`size ${share(report.relative_size)} of the weights`);
   return parts.join(" · ");
 }
