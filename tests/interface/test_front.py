@@ -121,7 +121,7 @@ def test_masks_in_the_module(screen):
     ids=["100%", "80%", "150%", "dense", "200%"],
     indirect=True,
 )
-@pytest.mark.parametrize("tile", [72, 136, 304])
+@pytest.mark.parametrize("tile", [72, 136, 296])
 def test_strokes_land_under_the_cursor(screen, session, tile):
     screen.page.locator("input[name=tile]").fill(str(tile))
     screen.page.locator("input[name=brush]").fill("0.03")

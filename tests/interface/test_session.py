@@ -200,6 +200,26 @@ def test_the_preview_comes_paste_first_and_leaves_the_weights(session, client):
     assert not np.array_equal(expected, to_uint8(session.model.generator.images([1])).numpy()[0])
 
 
+def test_a_front_end_that_comes_later_gets_the_present_previews(session, client):
+    compose(client)
+    assert session.settle(60)
+    late = Client(session)
+    late.get("state")
+    assert session.settle(60)
+    assert [m["kind"] for m, _ in late.of_type("preview")] == ["paste", "context", "row"]
+    assert {m["key"] for m, _ in late.of_type("preview")} == {late.state["live"]["key"]}
+    client.do("remove", what="object")
+    later = Client(session)
+    later.get("state")
+    assert session.settle(60)
+    assert later.of_type("preview") == []
+
+
+def test_the_first_pictures_are_drawn_before_anybody_asks(session):
+    assert session.settle(60)
+    assert session.model.has_pictures(range(8), original=True)
+
+
 def test_a_preview_of_lower_rank_or_none_and_the_state_says_why(client):
     compose(client, 0, box(60, 60, 66, 66))  # four pixels of an 8 x 8 map
     client.do("set", rank=128)

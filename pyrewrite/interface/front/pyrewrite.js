@@ -287,7 +287,7 @@ class Client {
       if (message.type === "done") waiting.resolve({ ...message, buffers });
       else waiting.reject(new Error(message.message));
     } else if (message.type === "state") {
-      if (this.state && this.state.revision > message.revision && this.state.session === message.session) return;
+      if (this.state && this.state.revision > message.revision) return;
       this.state = message;
       this.changed();
     } else {
@@ -1283,14 +1283,16 @@ class App {
     const sent = performance.now();
     try {
       const done = await this.client.do("paint", { image }, [mask.pack()]);
-      this.roundTrip = performance.now() - sent;
-      this.root.dataset.paintMs = this.roundTrip.toFixed(1);
+      this.root.dataset.paintMs = (performance.now() - sent).toFixed(1);
       if (done.hash) this.client.keepMask(done.hash, mask);
       this.settled(local, done);
     } catch (error) {
       if (error.lost && this.local === local) this.unsent = () => this.commitPainted(image, mask); // sent again when there is a line
-      else this.settled(local, {});
-      if (!error.lost) this.notice("error", error.message);
+      else {
+        this.settled(local, {});
+        if (this.local === local) this.local = null; // refused: show what the session has
+        this.notice("error", error.message);
+      }
     }
   }
 
@@ -1353,7 +1355,7 @@ class App {
   }
 
   showNumbers(text) {
-    return this.act("strip", { text }, () => this.strip.scrollTo?.(0, 0));
+    return this.act("strip", { text }, () => this.strip.scrollTo(0, 0));
   }
 
   /** As many pictures as are shown now, those that answer most to the query or the context. */
