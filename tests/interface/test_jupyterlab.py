@@ -70,14 +70,14 @@ def test_the_story_in_jupyterlab(lab, screen):
     screen.ready()
     original = drawn(screen, BALD)
 
-    # Copy a hat, paste it, one more place: with the keys that JupyterLab has other uses for (b, a: insert a cell;
+    # Copy a hat, paste it, one more place: with keys that JupyterLab has other uses for (b, a: insert a cell; x: cut it;
     # c, v: copy and paste cells).
     screen.tile(HAT).focus()
     for _ in range(7):
         page.keyboard.press("]")  # a wide brush
     screen.cap(screen.tile(HAT))
     page.wait_for_selector(f'.pyrewrite .tile.painted[data-number="{HAT}"]')
-    for key in "bc":
+    for key in "bxc":
         page.keyboard.press(key)
     page.wait_for_selector(".pyrewrite .object.has")
     screen.cap(screen.tile(BALD))

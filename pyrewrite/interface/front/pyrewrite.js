@@ -647,7 +647,10 @@ class App {
     this.footer = h("footer", { class: "row", "aria-label": "Pictures outside the context" }, h("div", {}, h("h2", {}, "Elsewhere"), this.rowHint), this.row);
     this.root.classList.add("pyrewrite");
     this.root.dataset.host = this.kind;
-    this.root.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab: our keys are ours
+    // JupyterLab acts on keys (x cuts the cell) unless what has the focus, itself, says that its keys are its own.
+    const keep = (el) => el.setAttribute("data-lm-suppress-shortcuts", "true");
+    keep(this.root);
+    this.root.addEventListener("focusin", (event) => keep(event.target));
     this.root.tabIndex = -1;
     this.frame = h("div", { class: "frame" }, this.header, this.tools, this.strip, this.footer, this.panel);
     this.root.replaceChildren(this.banner, this.frame, this.notices, this.spoken);
@@ -1587,7 +1590,10 @@ class App {
 
   listenToKeys() {
     const target = this.kind === "page" ? document : this.root;
-    const pressed = (event) => this.key(event);
+    const pressed = (event) => {
+      this.key(event);
+      if (this.kind === "widget") event.stopPropagation(); // a notebook would take the focus, and Enter with it
+    };
     target.addEventListener("keydown", pressed);
     this.cleanups.push(() => target.removeEventListener("keydown", pressed));
   }
