@@ -22,9 +22,9 @@ peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes
 
 
 def run(code, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE + code, *map(str, arguments)], capture_output=True, text=True, timeout=200
-    )
+    command = [sys.executable, "-c", MEASURE + code, *map(str, arguments)]
+    # Not in the source folder, which would hide the installed package.
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return [int(number) for number in done.stdout.split()]
 

@@ -70,7 +70,7 @@ def test_the_story_in_jupyterlab(lab, screen):
     screen.ready()
     original = drawn(screen, BALD)
 
-    # Copy a hat, paste it, one more place: with keys that JupyterLab has other uses for (b, a: insert a cell; x: cut it;
+    # Copy a hat, paste it, one more place: with keys that JupyterLab uses otherwise (b, a: insert a cell; x: cut it;
     # c, v: copy and paste cells).
     screen.tile(HAT).focus()
     for _ in range(7):
