@@ -170,7 +170,7 @@ def test_closing_in_the_middle_of_a_solve(session, client):
     client.do("set", **LONG)
     running(client)
     session.close()
-    assert same_bits(settled(session), bits(load_generator("peeps")))
+    assert same_bits(session.model.generator, bits(load_generator("peeps")))
 
 
 def test_statistics_are_dropped_for_a_layer_that_is_no_longer_wanted(tmp_path):
