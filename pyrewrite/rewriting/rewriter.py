@@ -341,8 +341,8 @@ class Rewriter:
             raise EditError(
                 f"setting 'seed': the record's image numbers belong to seed {seed}, the Rewriter's is {self.seed}"
             )
-        here = self.generator.settings()
-        if edit.images is not None and edit.images != here and {"label": 0, **edit.images} != {"label": 0, **here}:
+        if edit.images is not None and not self.generator.has_settings(edit.images):
+            here = self.generator.settings()
             said, is_ = (", ".join(f"{n} {v}" for n, v in what.items()) or "defaults" for what in (edit.images, here))
             raise EditError(
                 f"field 'images': the record's pictures were made with {said}, the generator is set to {is_}: "
