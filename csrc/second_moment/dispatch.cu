@@ -10,6 +10,9 @@ struct Choice {
   const MomentKernel* kernel = nullptr;
   Access access = Access::elements;
   Plan plan{};
+  sm90::ClusterPlan clusters{};
+
+  std::int64_t blocks() const { return kernel->costs != nullptr ? clusters.blocks() : plan.blocks(); }
 };
 
 struct Gpu {
@@ -34,21 +37,13 @@ Status look_up(int device, MomentFamily family, Gpu* gpu) {
   return {};
 }
 
-// Whether the Hopper kernels can copy p: boxes of 16-bit input, vectors of float32.
-bool fits_sm90(const SecondMomentParams& p) {
-  if (p.dtype != DType::float32) return sm90::boxes_fit(p);
-  return p.d >= 8 && access_of(p, 16) != Access::elements;
-}
-
 // On 9.0 the Hopper kernels take all that they can copy.
 // float32 from three tensor-core products each pays where a multiprocessor makes 1024 TF32 products a cycle or more: on
 // 8.0, 9.0 and 10.x. The others (8.6, 8.7, 8.9, 12.x) make as many TF32 as float32 products, so there float32 takes the
 // ordinary units. Before 8.0 everything does.
 const MomentKernel& kernel_for(const SecondMomentParams& p, Precision precision, MomentFamily family, const Gpu& gpu) {
-  if (family == MomentFamily::by_rule && gpu.sm90 && fits_sm90(p)) {
-    const bool single = p.d <= 128;
-    return p.dtype == DType::float32 ? sm90_float32_kernel(single, precision) : sm90_16bit_kernel(single, p.dtype);
-  }
+  if (family == MomentFamily::by_rule && gpu.sm90 && sm90::boxes_fit(p))
+    return p.dtype == DType::float32 ? sm90_float32_kernel(precision) : sm90_16bit_kernel(p.dtype);
   const int tile = tile_for(p.d);
   const bool fast_tf32 = (gpu.major == 8 && gpu.minor == 0) || gpu.major == 9 || gpu.major == 10;
   const bool plain_float32 = p.dtype == DType::float32 && precision == Precision::fp32;
@@ -63,15 +58,15 @@ Choice choose(const SecondMomentParams& p, Precision precision, MomentFamily fam
   Choice choice;
   choice.kernel = &kernel_for(p, precision, family, gpu);
   choice.access = access_of(p, choice.kernel->copy_bytes);
+  if (choice.kernel->costs != nullptr) {
+    choice.clusters = sm90::make_cluster_plan(p.d, sm90::rows_of_boxes(p), gpu.multiprocessors, *choice.kernel->costs);
+    return choice;
+  }
   const int tile = choice.kernel->tile, side = (p.d + tile - 1) / tile;
   const int room = gpu.shared_bytes / (choice.kernel->shared_bytes + 1024);  // 1 KB of a block is the system's
   const int resident =
       room < choice.kernel->blocks_per_multiprocessor ? room : choice.kernel->blocks_per_multiprocessor;
-  // Clusters do not cross the parts that a GPU is built of, so some multiprocessors may stay without one: 4 of 132.
-  const int multiprocessors = gpu.multiprocessors - (choice.kernel->cluster > 1 ? gpu.multiprocessors / 32 : 0);
-  const int places = multiprocessors * (resident > 0 ? resident : 1) / choice.kernel->cluster;
-  const bool boxes = choice.kernel->boxes;
-  choice.plan = make_plan(side, boxes ? sm90::rows_of_boxes(p) : p.images * p.height * p.width, places > 0 ? places : 1,
+  choice.plan = make_plan(side, p.images * p.height * p.width, gpu.multiprocessors * (resident > 0 ? resident : 1),
                           choice.kernel->work_on_diagonal);
   return choice;
 }
@@ -90,7 +85,7 @@ Status second_moment_workspace(const SecondMomentParams& params, Precision preci
     const Choice choice = choose(p, precision, family, gpu);
     const std::size_t tile = choice.kernel->tile;
     const std::size_t needed =
-        choice.plan.blocks() * tile * tile * sizeof(Pair) + (choice.kernel->scaled ? p.d * sizeof(std::uint32_t) : 0);
+        choice.blocks() * tile * tile * sizeof(Pair) + (choice.kernel->scaled ? p.d * sizeof(std::uint32_t) : 0);
     if (needed > *bytes) *bytes = needed;
     return {};
   });
@@ -114,10 +109,11 @@ Status second_moment_cuda(const SecondMomentParams& params, Precision precision,
         choice.access,
         p.dtype,
         choice.plan,
+        choice.clusters,
         pairs,
         moment,
         stream,
-        choice.kernel->scaled ? reinterpret_cast<std::uint32_t*>(pairs + choice.plan.blocks() * tile * tile) : nullptr};
+        choice.kernel->scaled ? reinterpret_cast<std::uint32_t*>(pairs + choice.blocks() * tile * tile) : nullptr};
     cudaError_t error = choice.kernel->partial(launch);
     if (error == cudaSuccess) error = choice.kernel->reduce(launch);
     return cuda_status(error, "second moment", device);
