@@ -29,6 +29,8 @@ Status look_up(int device, MomentFamily family, Gpu* gpu) {
     error = cudaDeviceGetAttribute(&gpu->shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   if (error != cudaSuccess) return cuda_status(error, "asking for the properties", device);
   gpu->sm90 = gpu->major == 9 && gpu->minor == 0 && sm90_is_built();
+  if (family == MomentFamily::sm90)
+    return Status::error(Status::kUnsupported, "second moment: the kernels for 9.0 are taken by rule, not by name");
   if (family == MomentFamily::sm80 && gpu->major < 8)
     return Status::error(Status::kUnsupported,
                          "second moment: the kernels for compute capability 8.0 were asked for, "
@@ -37,18 +39,24 @@ Status look_up(int device, MomentFamily family, Gpu* gpu) {
   return {};
 }
 
-// On 9.0 the Hopper kernels take all that they can copy.
+// On 9.0 the Hopper kernels take all that boxes can copy.
 // float32 from three tensor-core products each pays where a multiprocessor makes 1024 TF32 products a cycle or more: on
 // 8.0, 9.0 and 10.x. The others (8.6, 8.7, 8.9, 12.x) make as many TF32 as float32 products, so there float32 takes the
 // ordinary units. Before 8.0 everything does.
+MomentFamily by_rule(int major, int minor, bool sm90, DType dtype, Precision precision) {
+  if (sm90) return MomentFamily::sm90;
+  const bool fast_tf32 = (major == 8 && minor == 0) || major == 9 || major == 10;
+  const bool plain_float32 = dtype == DType::float32 && precision == Precision::fp32;
+  return major < 8 || (plain_float32 && !fast_tf32) ? MomentFamily::simt : MomentFamily::sm80;
+}
+
 const MomentKernel& kernel_for(const SecondMomentParams& p, Precision precision, MomentFamily family, const Gpu& gpu) {
-  if (family == MomentFamily::by_rule && gpu.sm90 && sm90::boxes_fit(p))
+  if (family == MomentFamily::by_rule)
+    family = by_rule(gpu.major, gpu.minor, gpu.sm90 && sm90::boxes_fit(p), p.dtype, precision);
+  if (family == MomentFamily::sm90)
     return p.dtype == DType::float32 ? sm90_float32_kernel(precision) : sm90_16bit_kernel(p.dtype);
   const int tile = tile_for(p.d);
-  const bool fast_tf32 = (gpu.major == 8 && gpu.minor == 0) || gpu.major == 9 || gpu.major == 10;
-  const bool plain_float32 = p.dtype == DType::float32 && precision == Precision::fp32;
-  const bool simt = gpu.major < 8 || (plain_float32 && !fast_tf32);
-  if (family == MomentFamily::simt || (family == MomentFamily::by_rule && simt)) return simt_kernel(tile, p.dtype);
+  if (family == MomentFamily::simt) return simt_kernel(tile, p.dtype);
   if (p.dtype == DType::float32) return sm80_float32_kernel(tile, precision);
   return sm80_16bit_kernel(tile, p.dtype);
 }
@@ -72,6 +80,11 @@ Choice choose(const SecondMomentParams& p, Precision precision, MomentFamily fam
 }
 
 }  // namespace
+
+const char* second_moment_family(int major, int minor, bool sm90, DType dtype, Precision precision) {
+  const MomentFamily family = by_rule(major, minor, sm90, dtype, precision);
+  return family == MomentFamily::sm90 ? "sm90" : family == MomentFamily::sm80 ? "sm80" : "simt";
+}
 
 Status second_moment_workspace(const SecondMomentParams& params, Precision precision, MomentFamily family, int device,
                                std::size_t* bytes) {
