@@ -12,9 +12,10 @@ import { edits } from "./edits.js";
 import { hands } from "./hands.js";
 import { dialogs } from "./dialogs.js";
 import { keys } from "./keys.js";
+import { nextStep } from "./words.js";
 
 /** How this person likes the interface; remembered in the browser. */
-const REMEMBERED = { brush: 0.04, opacity: 0.45, tile: 136, alike: 0.6 };
+const REMEMBERED = { brush: 0.04, opacity: 0.45, tile: 136, alike: 0.6, guide: 1 };
 
 class App {
   constructor(root, connection) {
@@ -81,7 +82,8 @@ class App {
     if (this.focused !== this.numbers && this.numbers.value !== s.strip.text) this.numbers.value = s.strip.text;
     this.shown.forEach((el, i) => el.setAttribute("aria-pressed", String(s.shown === ["original", "edited"][i])));
     this.settleLocal();
-    if (s.live.key === null) this.previews = {};
+    if (s.live.key === null && !s.job) this.previews = {}; // during a job the last ones stay
+    this.updateGuide();
     this.updateButtons();
     this.updateSettings();
     this.updateStrip();
@@ -106,6 +108,23 @@ class App {
     const painted = this.state.painted;
     const mask = painted && this.client.mask(painted.hash);
     return mask ? { image: painted.image, mask } : null;
+  }
+
+  updateGuide() {
+    const { step, text, action } = nextStep(this.state, this.painted ?? this.state.painted);
+    this.guide.hidden = !this.liked.guide;
+    setText(this.advice, text);
+    this.steps.forEach((el, i) => {
+      el.classList.toggle("past", i < step);
+      if (i === step) el.setAttribute("aria-current", "step");
+      else el.removeAttribute("aria-current");
+    });
+    for (const name of ["copy", "paste", "add_context"]) this.controls.get(name).classList.toggle("next", name === action && !!this.liked.guide);
+  }
+
+  showSteps(on) {
+    this.liked.guide = on;
+    this.applyLiked();
   }
 
   updateButtons() {

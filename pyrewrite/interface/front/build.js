@@ -2,7 +2,7 @@
 
 import { h, options } from "./elements.js";
 import { Surface } from "./surface.js";
-import { ERASING, MORE, CHOICES, SLIDERS } from "./words.js";
+import { CHOICES, ERASING, MORE, SLIDERS, STEPS } from "./words.js";
 
 export const building = {
   build() {
@@ -29,10 +29,11 @@ export const building = {
       this.controls.set(`tool-${name}`, el);
       return el;
     };
+    this.brushSize = this.liking("brush", "Size", 0.004, 0.2, 0.002, "Size of the brush ( [ and ] )");
     this.alike = this.liking("alike", "Alike", 0, 1, 0.01, "How alike a pixel must be to belong to the picked region", () => this.pickAgain());
     this.tools = h("div", { class: "tools", role: "toolbar", "aria-label": "Selection" },
       h("span", { class: "switch", role: "group", "aria-label": "Tool" }, tool("brush", "Brush", "Paint a selection (B). Ctrl erases."), tool("erase", "Erase", "Take away from the selection (E)"), tool("pick", "Pick", "Click an object to select it (W). Shift adds.")),
-      this.liking("brush", "Size", 0.004, 0.2, 0.002, "Size of the brush ( [ and ] )"), this.alike,
+      this.brushSize, this.alike,
       this.liking("opacity", "Mask", 0, 0.9, 0.05, "How much the mask hides what is under it"),
       h("span", { class: "rule" }),
       button("copy", "Copy", "Copy the selection as the object (C)", () => this.act("copy")),
@@ -41,10 +42,14 @@ export const building = {
       button("protect", "Protect", "What is selected must not change (P)", () => this.act("protect")),
       button("clear", "Clear", "Clear the selection", () => this.clearPainted()),
       h("span", { class: "rule" }),
-      button("match_selection", "Match", "Show the pictures that look most like the selection (Q)", () => this.act("match_selection", {}, () => this.find())),
-      button("search", "Search", "Show the pictures that look most like the context (F)", () => this.find()),
-      button("matches", "Matches", "Outline where the pictures look like the context (M)", () => this.toggleMatches(), { "aria-pressed": "false" }));
+      button("match_selection", "Match selection", "Show the pictures that look most like the selection (Q)", () => this.act("match_selection", {}, () => this.find())),
+      button("search", "Search context", "Show the pictures that look most like the context (F)", () => this.find()),
+      button("matches", "Show matches", "Outline where the pictures look like the context (M)", () => this.toggleMatches(), { "aria-pressed": "false" }));
 
+    this.steps = STEPS.map((text) => h("li", {}, text));
+    this.advice = h("span", { class: "advice" });
+    this.guide = h("div", { class: "guide", role: "note", "aria-label": "What comes next" }, h("ol", {}, ...this.steps), this.advice,
+      this.plain("×", "Hide the steps; the help sheet shows them again", () => this.showSteps(0)));
     this.strip = h("main", { class: "strip", "aria-label": "Pictures" });
     this.object = this.editable("object", "The object: what is copied", "Paint a selection on a picture, then Copy.");
     this.paste = this.editable("paste", "The paste: drag to move the object", "Paint where it should go, then Paste.");
@@ -83,7 +88,7 @@ export const building = {
     keep(this.root);
     this.root.addEventListener("focusin", (event) => keep(event.target));
     this.root.tabIndex = -1;
-    this.frame = h("div", { class: "frame" }, this.header, this.tools, this.strip, this.footer, this.panel);
+    this.frame = h("div", { class: "frame" }, this.header, this.tools, this.guide, this.strip, this.footer, this.panel);
     this.root.replaceChildren(this.banner, this.frame, this.notices, this.spoken);
     this.setTool("brush");
     this.applyLiked();
@@ -116,7 +121,7 @@ export const building = {
     } });
     input.value = this.liked[name];
     this.controls.set(`like-${name}`, input);
-    return h("label", { class: `like ${name}`, title }, h("span", {}, text), input);
+    return h("label", { class: "like", title }, h("span", {}, text), input);
   },
 
   fileMenu() {
@@ -134,7 +139,15 @@ export const building = {
     document.addEventListener("pointerdown", leave);
     this.cleanups.push(() => document.removeEventListener("pointerdown", leave));
     menu.addEventListener("keydown", (e) => {
+      const by = { ArrowDown: 1, ArrowUp: -1 }[e.key];
       if (e.key === "Escape" && menu.open) (e.stopPropagation(), (menu.open = false), menu.firstElementChild.focus());
+      else if (by && (menu.open || by > 0)) {
+        e.preventDefault();
+        menu.open = true;
+        const items = [...menu.querySelectorAll("[role=menuitem]")];
+        const at = items.indexOf(this.focused); // -1: on "File" itself
+        items[at < 0 ? (by > 0 ? 0 : items.length - 1) : (at + by + items.length) % items.length].focus();
+      }
     });
     return menu;
   },

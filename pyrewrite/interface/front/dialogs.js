@@ -84,7 +84,7 @@ export const dialogs = {
   },
 
   help() {
-    this.dialog("How it works", h("ol", {}, ...[
+    const dialog = this.dialog("How it works", h("ol", {}, ...[
       "Paint a thing on a picture (or pick it by a click) and Copy it: that is the object.",
       "Paint where it belongs on another picture and Paste. The red box shows where it lands; drag it.",
       "Paint the places that shall get it on a few more pictures and Add to context.",
@@ -92,6 +92,7 @@ export const dialogs = {
     ].map((text) => h("li", {}, text))),
     h("p", {}, "Your own picture? Pictures come from the generator, by number; a photograph cannot be edited directly. A latent in W or W+ that another tool found for it (.npy) can be opened: File › Open a file."),
     h("table", {}, h("tbody", {}, ...KEYS.map(([key, text]) => h("tr", {}, h("th", { scope: "row" }, h("kbd", {}, key)), h("td", {}, text))))),
-    h("div", { class: "buttons" }, h("button", { type: "submit", class: "primary" }, "Close")));
+    h("div", { class: "buttons" }, h("button", { type: "submit", class: "primary" }, "Close"), this.liked.guide ? null : h("button", { type: "submit", value: "steps" }, "Show the steps again")));
+    dialog.addEventListener("close", () => dialog.returnValue === "steps" && this.showSteps(1));
   },
 };

@@ -1,7 +1,7 @@
 // The stack of edits, the running job, which layer fits. Methods of App.
 
 import { clamp, h, keyed, setText, share, short } from "./elements.js";
-import { describe } from "./words.js";
+import { describe, describeHint } from "./words.js";
 
 export const edits = {
   updateEdits() {
@@ -75,7 +75,7 @@ export const edits = {
       setText(this.working, [label ?? job.kind, steps && `step ${step} of ${steps}`, Number.isFinite(loss) && `loss ${loss.toFixed(4)}`].filter(Boolean).join(" · "));
     } else if (collecting) {
       this.bar.value = statistics.done / statistics.of;
-      setText(this.working, `Statistics of ${statistics.layer} · ${statistics.done} of ${statistics.of} pictures`);
+      setText(this.working, `Statistics of ${statistics.layer}, then live pictures · ${statistics.done} of ${statistics.of}`);
     }
   },
 
@@ -92,7 +92,7 @@ export const edits = {
     const layers = done.layers ?? [];
     const best = Math.max(...layers.map((l) => l.score), 1e-9);
     this.hints.replaceChildren(...layers.slice(0, 4).map((l) => h("button", { type: "button", class: "suggestion", title: "Take this layer", onclick: () => (this.hints.replaceChildren(), this.act("set", { layer: l.layer })) },
-      h("strong", {}, l.layer), h("meter", { min: "0", max: "1", value: String(clamp(l.score / best, 0, 1)), "aria-label": `fits ${share(l.score / best)} as well as the best` }), h("span", {}, l.why))));
-    this.say(layers.length ? `Best layer: ${layers[0].layer}. ${layers[0].why}` : "No layer stands out.");
+      h("strong", {}, l.layer), h("meter", { min: "0", max: "1", value: String(clamp(l.score / best, 0, 1)), "aria-label": `fits ${share(l.score / best)} as well as the best` }), h("span", {}, describeHint(l)))));
+    this.say(layers.length ? `Best layer: ${layers[0].layer}. ${describeHint(layers[0])}` : "No layer stands out.");
   },
 };

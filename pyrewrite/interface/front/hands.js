@@ -9,7 +9,8 @@ export const hands = {
     this.tool = name;
     this.root.dataset.tool = name;
     for (const other of ["brush", "erase", "pick"]) this.controls.get(`tool-${other}`).setAttribute("aria-pressed", String(other === name));
-    this.alike.hidden = name !== "pick";
+    this.alike.hidden = name !== "pick"; // in the place of the brush's size: nothing else moves
+    this.brushSize.hidden = name === "pick";
     this.hover?.();
   },
 

@@ -115,7 +115,8 @@ export const pictures = {
 
   /** The newest live pictures of this kind, perhaps of a moment ago; null while nothing is live. */
   livePreview(kind) {
-    return this.state.live.key !== null && this.state.shown === "edited" ? (this.previews[kind] ?? null) : null;
+    const live = this.state.live.key !== null || this.state.job;
+    return live && this.state.shown === "edited" ? (this.previews[kind] ?? null) : null;
   },
 
   /** The live picture where there is one, else the picture as the weights have it. */
@@ -136,8 +137,8 @@ export const pictures = {
     if (drag && box) box = drag.box.map((v, i) => v + (i % 2 ? drag.dx - drag.from[1] : drag.dy - drag.from[0]));
     const own = !this.state.object && this.client.mask(entry.hash); // nothing lands yet: show what is selected there
     const layers = own ? [{ mask: own, color, fill: 0.2 }] : [];
-    const boxes = !off && box && this.state.object ? [{ box, color, ghost: !!drag || surface.box.dataset.live === "none" }] : [];
-    surface.draw(layers, boxes, drag ? null : JSON.stringify([entry, off, color, !!own, this.state.object?.hash, surface.box.dataset.live, !!this.object.drawn, surface.box.clientWidth]));
+    const boxes = !off && box && this.state.object ? [{ box, color, ghost: !!drag || (surface.box.dataset.live === "none" && !this.state.live.solved) }] : [];
+    surface.draw(layers, boxes, drag ? null : JSON.stringify([entry, off, color, !!own, this.state.object?.hash, surface.box.dataset.live, this.state.live.solved, !!this.object.drawn, surface.box.clientWidth]));
   },
 
   /** The object itself, half seen through, where it is about to land. */
@@ -184,9 +185,10 @@ export const pictures = {
       surface.number = n;
       return { surface, el: h("div", { class: "thumb", "data-number": n }, surface.box, h("span", { class: "caption" }, String(n))) };
     }, (view, n) => this.showLive(view.surface, "row", n, 92));
-    const { error, note } = this.state.live;
+    const { error, note, solved } = this.state.live;
     const live = this.livePreview("row");
-    const hint = error ? `No live pictures: ${error}` : live ? "Live: what the rule does to pictures you did not touch" : "Pictures that are not in the context";
+    const still = solved && this.state.shown === "edited" ? "What the edit does to pictures you did not touch" : "Pictures that are not in the context";
+    const hint = error ? `No live pictures: ${error}` : live ? "Live: what the rule does to pictures you did not touch" : still;
     setText(this.rowHint, live && note ? `${hint}. ${note}` : hint);
   },
 

@@ -43,7 +43,39 @@ export const KEYS = [
   ["?", "this sheet"],
 ];
 
+export const STEPS = ["Copy", "Paste", "Add to context", "Execute"];
+const ENOUGH = 3; // context pictures; fewer make a rule that holds for little else
+
+/** What comes next: {step: 0 .. 4, text, action: of the button that does it, or null}. painted: {image} or null. */
+export function nextStep(s, painted) {
+  const next = (step, text, action = null) => ({ step, text, action });
+  if (s.job?.kind === "execute") return next(3, "It is being solved. You can go on painting meanwhile.");
+  if (s.live.solved) return next(4, "Done. T compares with the original, File saves it.");
+  if (!s.object) {
+    if (painted) return next(0, "Is all of it covered? Then Copy. Erase takes away what is too much.", "copy");
+    return next(0, "Paint over a thing on one picture, a hat or glasses. Or Pick it by a click.");
+  }
+  const elsewhere = painted && painted.image !== s.object.image;
+  if (!s.paste && !s.context.length) {
+    if (elsewhere) return next(1, "Paste: the object lands here.", "paste");
+    return next(1, "Paint the place where it belongs on another picture.");
+  }
+  if (s.context.length < ENOUGH) {
+    const fresh = elsewhere && painted.image !== s.paste?.image && !s.context.some((c) => c.image === painted.image);
+    if (fresh) return next(2, "Add to context: the rule shall hold here too.", "add_context");
+    const left = ENOUGH - s.context.length;
+    return next(2, `Paint the same place on ${left === ENOUGH ? "three other pictures, one by one" : left === 1 ? "one more picture" : "two more pictures"}.`);
+  }
+  return next(3, "Is the row below as you wish? Execute. If not, add context or nudge.", "execute");
+}
+
 export const STROKES = ["paint", "select", "clear the mask", "the object's mask"]; // what the session calls them in `undo`
+
+/** How a layer did on places that the edit was not solved for. */
+export function describeHint({ taken, spill, why }) {
+  if (!Number.isFinite(taken)) return why; // it could not be tried
+  return `${taken < 0.005 ? "nothing" : share(taken)} of the object appears, ${share(spill)} of change beside it`;
+}
 
 /** A report as one line a person can read. */
 export function describe(report) {
