@@ -203,6 +203,16 @@ class Generator(EditableNetwork):
         """Name in `settings` -> the attribute, and its default."""
         return {"label": ("label", 0 if self.classes else None)}
 
+    def has_settings(self, settings: Mapping[str, Any]) -> bool:
+        def said(given: Mapping[str, Any]) -> dict[str, Any]:
+            # Class 0 is the default, and all that a generator without classes has.
+            defaults = {"label": 0} | {
+                name: default for name, (_, default) in self._setting_defaults().items() if default
+            }
+            return {name: value for name, value in given.items() if value != defaults.get(name)}
+
+        return said(settings) == said(self.settings())
+
     def apply_settings(self, settings: Mapping[str, Any]) -> None:
         """Set what `settings()` said, as an edit record keeps it; what it did not say is set to the default.
 
