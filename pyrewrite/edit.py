@@ -210,6 +210,13 @@ class Edit:
         for name in ("name", "layer"):
             if own.get(name) is not None and not isinstance(own[name], str):
                 raise EditError(f"{source}: field 'pyrewrite.{name}' is {_kind(own[name])}; expected a string")
+        generator = own.get("generator")
+        if generator is not None and not (
+            isinstance(generator, dict) and all(isinstance(value, str) for value in generator.values())
+        ):
+            raise EditError(
+                f"{source}: field 'pyrewrite.generator' is {generator!r:.60}; expected its family and its hash"
+            )
         return cls(
             object=_selection(record.get("object"), source, "object"),
             paste=_selection(record.get("paste"), source, "paste"),
@@ -218,7 +225,7 @@ class Edit:
             name=own.get("name"),
             layer=own.get("layer"),
             settings=dict(settings),
-            generator=own.get("generator"),
+            generator=generator,
             protect=_selections(own.get("protect"), source, "pyrewrite.protect"),
             places=_places(own.get("places"), source),
             latents=_latents(own.get("latents"), source),

@@ -88,6 +88,8 @@ def test_precedence_of_settings():
         ('{"key": [], "pyrewrite": {"settings": {"lr": 1' + "0" * 400 + "}}}", "'lr' is 100"),
         ('{"key": [], "pyrewrite": {"settings": {"method": "' + "m" * 10000 + '"}}}', "low_rank, projected"),
         ('{"key": [], "pyrewrite": {"layer": 8}}', "pyrewrite.layer"),
+        ('{"key": [], "pyrewrite": {"generator": "peeps"}}', "pyrewrite.generator"),
+        ('{"key": [], "pyrewrite": {"generator": {"hash": 3}}}', "pyrewrite.generator"),
         ('{"paste": [2147483648, "data:"]}', "image number 2147483648"),
         ('{"paste": [' + "9" * 5000 + ', "data:"]}', "expected JSON"),
         ("[" * 100_000, "expected JSON"),
