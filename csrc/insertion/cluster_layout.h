@@ -157,22 +157,4 @@ ClusterLayout common_layout(const InsertionProblem& p, std::int64_t shared_bytes
 // Computes the maps of all blocks of a cluster, for each edit, into scratch.
 cudaError_t launch_cluster_maps(const InsertionProblem& p, const ClusterLayout& at, int edits, cudaStream_t stream);
 
-// The power of two that brings numbers up to `largest` below 2^14: halves then hold them to 22 bits.
-__host__ __device__ inline float half_scale(float largest) {
-  int exponent = 0;
-  if (largest > 0.f) {
-#if defined(__CUDA_ARCH__)
-    exponent = 13 - ((__float_as_int(largest) >> 23 & 255) - 127);
-#else
-    exponent = 13 - __builtin_ilogbf(largest);
-#endif
-  }
-  exponent = exponent > 100 ? 100 : exponent < -100 ? -100 : exponent;
-#if defined(__CUDA_ARCH__)
-  return __int_as_float((exponent + 127) << 23);
-#else
-  return __builtin_ldexpf(1.f, exponent);
-#endif
-}
-
 }  // namespace pyrewrite

@@ -63,6 +63,10 @@ cudaError_t launch_general(const InsertionProblem& p, const InsertionPlan& plan,
 InsertionPlan plan_resident(const InsertionProblem& p, const InsertionDevice& device);
 cudaError_t launch_resident(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream);
 
+// One larger target, one direction, on a GPU with clusters.
+InsertionPlan plan_unfolded(const InsertionProblem& p, const InsertionDevice& device);
+cudaError_t launch_unfolded(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream);
+
 // Several targets or many directions, on a GPU with clusters.
 InsertionPlan plan_cluster(const InsertionProblem& p, const InsertionDevice& device);
 cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream);
