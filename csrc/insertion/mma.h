@@ -44,6 +44,13 @@ __device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], 
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c (16 x 8) += a (16 x 8) b (8 x 8)
+__device__ __forceinline__ void multiply_eight(float (&c)[4], unsigned a0, unsigned a1, unsigned b) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(b));
+}
+
 // b: hi in b[0], b[1], lo in b[2], b[3]. The small products first.
 __device__ __forceinline__ void multiply_split(float (&c)[4], const unsigned (&hi)[4], const unsigned (&lo)[4],
                                                const unsigned (&b)[4]) {

@@ -31,6 +31,16 @@ struct Sizes {
   static constexpr int kLambdaRow = 48;        // bytes of 16 halves, an odd number of 16-byte pieces
   // Sums of a channel over the pixels: the gradient's taps (before demod), dloss / d demod, the loss.
   static constexpr int kByDemod = kMostTaps, kLoss = kMostTaps + 1, kSums = kMostTaps + 2;
+  // Place of sum `kind` of channel c: even taps, odd ones, the rest, in rows of 16 that lie so that the lanes of a
+  // warp, which hold 8 channels of 4 taps, write to 32 banks.
+  static __host__ __device__ constexpr int sum_at(int kind, int c) {
+    const int row = kind < 8 ? kind % 2 * 4 + kind / 2 : kind;
+    return row * 16 + (c ^ row / 2 % 2 * 8);
+  }
+  static __host__ __device__ constexpr int kind_at(int place) {
+    const int row = place / 16;
+    return row < 8 ? row % 4 * 2 + row / 4 : row;
+  }
   static constexpr int kLanes = 16;  // that take Adam's step for a channel
   static_assert(kChannels * kSums * 2 <= kThreads && kChannels * kSums % 16 == 0, "two threads a sum, whole warps");
   static_assert(kChannels * kLanes <= kThreads && kMostTaps <= kLanes, "a thread a key");
@@ -161,6 +171,9 @@ struct Worker {
   __device__ int groups() const { return (end - begin + T::kGroup - 1) / T::kGroup; }
   __device__ bool has(int c) const { return first + c < p.channels; }
 
+  // Over `unit`, as all that is added to the convolution.
+  __device__ float bias(int c) const { return has(c) ? edit.bias[first + c] * at.unit : 0.f; }
+
   // -- before the first step ------------------------------------------------------------------------------------------
 
   // The largest |x| of the block, in all threads.
@@ -174,7 +187,8 @@ struct Worker {
     return x;
   }
 
-  // Zeros past the block's last pixel and the last channel.
+  // Zeros past the last channel. Past the block's last pixel: what adds nothing, to float32's precision, even where no
+  // weight of 0 says so.
   __device__ void load_pixels() const {
     const int padded = at.groups * T::kGroup;
     for (int i = threadIdx.x; i < T::kChannels * padded; i += T::kThreads) {
@@ -184,7 +198,8 @@ struct Worker {
       // Half, lane and register of the product's result.
       const int place = (n % 16 / 8 * 32 + c % 8 * 4 + n % 8 / 2) * 4 + c / 8 * 2 + n % 2;
       floats(group_at(n) + Group::kBase)[place] = there ? edit.base[from] : 0.f;
-      floats(group_at(n) + Group::kGoal)[place] = there ? edit.goal[from] : 0.f;
+      const float nothing = bias(c) * (bias(c) > 0.f ? at.positive : at.other);  // the value there
+      floats(group_at(n) + Group::kGoal)[place] = there ? edit.goal[from] : nothing;
     }
     for (int n = threadIdx.x; n < padded; n += T::kThreads) {
       const bool there = begin + n < end;
@@ -195,6 +210,13 @@ struct Worker {
 
   __device__ static int group_at(int n) { return n / T::kGroup * Group::kBytes; }
   __device__ float& weight(int n) const { return floats(group_at(n) + Group::kWeight)[n % 16]; }
+
+  // Whether all pixels of the block weigh as much as the first.
+  __device__ bool weighs_evenly() const {
+    bool even = true;
+    for (int u = begin + threadIdx.x; u < end; u += T::kThreads) even = even && edit.weight[u] == edit.weight[begin];
+    return __syncthreads_and(even);
+  }
 
   // Keys as halves, and their scales. Zeros past the block's last pixel and the last tap.
   __device__ void load_keys(float& key_scale, float& weighted_scale) const {
@@ -224,19 +246,20 @@ struct Worker {
 
   // -- the pixels -----------------------------------------------------------------------------------------------------
 
-  // Each warp's sums over its pixels.
+  // Each warp's sums over its pixels. Even: all pixels weigh the same, and that is left to send().
+  template <bool Even>
   __device__ void run_pixels(float key_unscale) const {
     unsigned taps[4], rest[4];  // Lambda as it meets the keys' hi, and their lo and the last tap
     const unsigned lambda = address + at.lambda + lane % 16 * T::kLambdaRow + lane / 16 * 16;
     load_matrices(taps, lambda);
     load_matrices(rest, lambda + T::kChannels * T::kLambdaRow);
-    float scale[2], demod[2], bias[2];  // of rows lane / 4 and 8 more
+    float scale[2], demod[2], shift[2];  // of rows lane / 4 and 8 more
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int c = r * 8 + lane / 4;
       scale[r] = floats(at.inverse)[c] * key_unscale;
       demod[r] = floats(at.demod)[c] * at.unit;
-      bias[r] = has(c) ? edit.bias[first + c] * at.unit : 0.f;
+      shift[r] = bias(c);
     }
     // Where this lane's row of each matrix begins. Of tap 8: hi, hi, lo; the rows behind, which lie in other banks,
     // meet zeros of Lambda, and what becomes of them in the gradient is not used.
@@ -245,7 +268,7 @@ struct Worker {
     const int step_of_last = row < 3 ? 32 : 128;  // to the second eight of pixels
     const unsigned start = address + warp * Group::kBytes;
     unsigned lane_at = start + lane * 16;
-    unsigned hi_at = start + Group::kKeys + half * 128 + row * 16;
+    unsigned hi_at = start + Group::kKeys + lane / 8 % 2 * 128 + row * 16;
     unsigned lo_at =
         start + Group::kKeys + (lane / 8 % 2 ? of_last + half * step_of_last : Group::kLo + half * 128 + row * 16);
     unsigned last_at = start + Group::kWeighted + of_last + lane / 8 % 2 * step_of_last;
@@ -253,7 +276,7 @@ struct Worker {
     float gradient[4] = {}, last_gradient[4] = {}, by_demod[2] = {}, loss[2] = {};
     for (int group = warp; group < groups(); group += T::kWarps) {
       float base[2][4], goal[2][4];
-      float2 noise[2], weight[2];
+      float2 noise[2], weight[2] = {{1.f, 1.f}, {1.f, 1.f}};
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         *reinterpret_cast<float4*>(base[j]) =
@@ -261,23 +284,24 @@ struct Worker {
         *reinterpret_cast<float4*>(goal[j]) =
             *reinterpret_cast<const float4*>(pixels + lane * 16 + Group::kGoal + j * 512);
         noise[j] = *reinterpret_cast<const float2*>(pixels + lane % 4 * 8 + Group::kNoise + j * 32);
-        weight[j] = *reinterpret_cast<const float2*>(pixels + lane % 4 * 8 + Group::kWeight + j * 32);
+        if (!Even) weight[j] = *reinterpret_cast<const float2*>(pixels + lane % 4 * 8 + Group::kWeight + j * 32);
       }
-      unsigned hi[4], lo[4];  // each twice, of both eights of pixels; lo beside tap 8
+      unsigned hi[2], lo[4];  // of both eights of pixels; lo beside tap 8
       load_matrices_transposed(lo, lo_at);
-      load_matrices_transposed(hi, hi_at);
+      load_two_matrices_transposed(hi, hi_at);
       float y[2][4], by[2][4], difference[2][4], nearest = 1.f;
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float acc[4] = {};
         multiply(acc, rest, lo[2 * j], lo[2 * j + 1]);
-        multiply(acc, taps, hi[2 * j], hi[2 * j + 1]);
+        multiply_eight(acc, taps[2], taps[3], hi[j]);
+        multiply_eight(acc, taps[0], taps[1], hi[j]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int r = i / 2;
           y[j][i] = base[j][i] + acc[i] * scale[r];
           float& d = difference[j][i];
-          d = pixel_difference<ScalarOps>(y[j][i], demod[r], (i % 2 ? noise[j].y : noise[j].x) + bias[r], goal[j][i],
+          d = pixel_difference<ScalarOps>(y[j][i], demod[r], (i % 2 ? noise[j].y : noise[j].x) + shift[r], goal[j][i],
                                           at.positive, at.other, by[j][i]);
           by[j][i] = ScalarOps::turned(by[j][i], d);
           loss[r] += (i % 2 ? weight[j].y : weight[j].x) * fabsf(d);
@@ -314,33 +338,29 @@ struct Worker {
     // Sums over the lanes that share a channel.
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float* to = floats(at.partial) + (warp * T::kChannels + r * 8 + lane / 4) * T::kSums;
+      float* to = floats(at.partial) + warp * T::kChannels * T::kSums;
+      const int c = r * 8 + lane / 4, quarter = lane % 4;
       // Tap 8 stands in columns 0 (hi) and 2 (lo): in the first two lanes of four.
       const float last = last_gradient[2 * r] + __shfl_xor_sync(0xffffffffu, last_gradient[2 * r], 1);
       by_demod[r] = quad_sum(by_demod[r]);
       loss[r] = quad_sum(loss[r]);
-      to[lane % 4 * 2] = gradient[2 * r];
-      to[lane % 4 * 2 + 1] = gradient[2 * r + 1];
-      if (lane % 4 == 0) {
-        to[8] = last;
-        to[T::kByDemod] = by_demod[r];
-        to[T::kLoss] = loss[r];
-      }
+      to[T::sum_at(quarter * 2, c)] = gradient[2 * r];
+      to[T::sum_at(quarter * 2 + 1, c)] = gradient[2 * r + 1];
+      if (quarter < 3) to[T::sum_at(8 + quarter, c)] = quarter == 0 ? last : quarter == 1 ? by_demod[r] : loss[r];
     }
   }
 
-  // Sums over the warps, in the problem's units, to all blocks. unscale: of the gradient.
-  __device__ void send(int buffer, float unscale) const {
+  // Sums over the warps, in the problem's units, to all blocks. unscale: of the gradient. weight: what the others lack.
+  __device__ void send(int buffer, float unscale, float weight) const {
     constexpr int kAll = T::kChannels * T::kSums;
     if (threadIdx.x >= 2 * kAll) return;
-    // Two threads a sum: half of the warps each, and half of the blocks to tell.
-    const int n = threadIdx.x / 2, half = threadIdx.x % 2, kind = n % T::kSums;
+    // Two threads a sum, half a warp apart: every second warp each, and half of the blocks to tell.
+    const int n = warp * 16 + lane % 16, half = lane / 16, kind = T::kind_at(n);
     float sum = 0.f;
 #pragma unroll
-    for (int w = 0; w < T::kWarps / 2; ++w) sum += floats(at.partial)[(half * (T::kWarps / 2) + w) * kAll + n];
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    if (kind < T::kByDemod) sum *= unscale;
-    if (kind == T::kByDemod) sum *= at.unit;
+    for (int w = 0; w < T::kWarps / 2; ++w) sum += floats(at.partial)[(2 * w + half) * kAll + n];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+    sum *= kind < T::kByDemod ? unscale : kind == T::kByDemod ? at.unit * weight : weight;
     const unsigned to = address + at.gathered + 4 * ((buffer * T::kBlocks + block) * kAll + n);
 #pragma unroll
     for (int i = 0; i < T::kBlocks / 2; ++i) {
@@ -415,9 +435,9 @@ struct Optimizer {
     float total = 0.f, by_demod = 0.f;
 #pragma unroll
     for (int from = 0; from < T::kBlocks; ++from) {
-      const float* part = parts + (from * T::kChannels + c) * T::kSums;
-      if (key <= T::kLoss) total += part[key];
-      by_demod += part[T::kByDemod];
+      const float* part = parts + from * T::kChannels * T::kSums;
+      if (key <= T::kLoss) total += part[T::sum_at(key, c)];
+      by_demod += part[T::sum_at(T::kByDemod, c)];
     }
     // Past the last channel the noise alone is left.
     if (key == T::kLoss && loss != nullptr) *loss = channel_there ? total : 0.f;
@@ -469,6 +489,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     optimizer.publish(worker);
   }
   __syncthreads();  // all is there
+  const bool even = worker.weighs_evenly();
+  const float weight = even ? worker.weight(0) : 1.f;
   const float key_unscale = reciprocal(key_scale), unscale = at.unit * reciprocal(weighted_scale);
   cluster.sync();  // all blocks have started, with barriers: their shared memory may be written
   for (int step = 0; step < p.count; ++step) {
@@ -477,10 +499,13 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if (threadIdx.x < kAdamFloats) adam = reinterpret_cast<const float*>(p.schedule + step)[threadIdx.x];
     const unsigned arrived = worker.address + at.arrived + step % 2 * 8;
     if (threadIdx.x == 0) barrier_expect(arrived, T::kBlocks * T::kChannels * T::kSums * 4);
-    worker.run_pixels(key_unscale);
+    if (even)
+      worker.run_pixels<true>(key_unscale);
+    else
+      worker.run_pixels<false>(key_unscale);
     if (threadIdx.x < kAdamFloats) worker.floats(at.adam)[threadIdx.x] = adam;
     __syncthreads();  // the warps' sums are whole
-    worker.send(step % 2, unscale);
+    worker.send(step % 2, unscale, weight);
     if (optimises) {
       barrier_wait(arrived, step / 2 % 2);  // every block's sums are here
       const int channel = number * T::kChannels + optimizer.c;
