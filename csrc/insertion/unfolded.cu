@@ -26,7 +26,7 @@ struct Sizes {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kGroup = 16;            // pixels: the inner extent of the gradient's product
   static constexpr int kMostTaps = 9;          // eight, and one more beside them
-  static constexpr int kFewestPixels = 1024;   // below, a block's barriers and sums outweigh its pixels
+  static constexpr int kFewestPixels = 1536;   // below, a block's barriers and sums outweigh its pixels
   static constexpr int kMostPixels = 1 << 16;  // more never fit; the layout's sums stay small
   static constexpr int kLambdaRow = 48;        // bytes of 16 halves, an odd number of 16-byte pieces
   // Sums of a channel over the pixels: the gradient's taps (before demod), dloss / d demod, the loss.
@@ -246,20 +246,20 @@ struct Worker {
 
   // -- the pixels -----------------------------------------------------------------------------------------------------
 
-  // Each warp's sums over its pixels. Even: all pixels weigh the same, and that is left to send().
+  // Each warp's sums over its pixels. shift: bias of this lane's channels. Even: all pixels weigh the same, and that is
+  // left to send().
   template <bool Even>
-  __device__ void run_pixels(float key_unscale) const {
+  __device__ void run_pixels(float key_unscale, const float (&shift)[2]) const {
     unsigned taps[4], rest[4];  // Lambda as it meets the keys' hi, and their lo and the last tap
     const unsigned lambda = address + at.lambda + lane % 16 * T::kLambdaRow + lane / 16 * 16;
     load_matrices(taps, lambda);
     load_matrices(rest, lambda + T::kChannels * T::kLambdaRow);
-    float scale[2], demod[2], shift[2];  // of rows lane / 4 and 8 more
+    float scale[2], demod[2];  // of rows lane / 4 and 8 more
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int c = r * 8 + lane / 4;
       scale[r] = floats(at.inverse)[c] * key_unscale;
       demod[r] = floats(at.demod)[c] * at.unit;
-      shift[r] = bias(c);
     }
     // Where this lane's row of each matrix begins. Of tap 8: hi, hi, lo; the rows behind, which lie in other banks,
     // meet zeros of Lambda, and what becomes of them in the gradient is not used.
@@ -489,6 +489,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     optimizer.publish(worker);
   }
   __syncthreads();  // all is there
+  const float shift[2] = {worker.bias(worker.lane / 4), worker.bias(8 + worker.lane / 4)};
   const bool even = worker.weighs_evenly();
   const float weight = even ? worker.weight(0) : 1.f;
   const float key_unscale = reciprocal(key_scale), unscale = at.unit * reciprocal(weighted_scale);
@@ -500,9 +501,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     const unsigned arrived = worker.address + at.arrived + step % 2 * 8;
     if (threadIdx.x == 0) barrier_expect(arrived, T::kBlocks * T::kChannels * T::kSums * 4);
     if (even)
-      worker.run_pixels<true>(key_unscale);
+      worker.run_pixels<true>(key_unscale, shift);
     else
-      worker.run_pixels<false>(key_unscale);
+      worker.run_pixels<false>(key_unscale, shift);
     if (threadIdx.x < kAdamFloats) worker.floats(at.adam)[threadIdx.x] = adam;
     __syncthreads();  // the warps' sums are whole
     worker.send(step % 2, unscale, weight);
