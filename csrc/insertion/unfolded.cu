@@ -116,11 +116,6 @@ bool exact_slopes(const InsertionProblem& p, Layout* at) {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
 // The same place in another block of the cluster.
 __device__ __forceinline__ unsigned in_block(unsigned place, int other) {
   unsigned there;
@@ -538,23 +533,9 @@ InsertionPlan plan_unfolded(const InsertionProblem& p, const InsertionDevice& de
 }
 
 cudaError_t launch_unfolded(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(unfolded_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute shape{};
-  shape.id = cudaLaunchAttributeClusterDimension;
-  shape.val.clusterDim.x = T::kBlocks;
-  shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(plan.blocks, edits);
-  config.blockDim = T::kThreads;
-  config.dynamicSmemBytes = plan.shared_bytes;
-  config.stream = stream;
-  config.attrs = &shape;
-  config.numAttrs = 1;
   Layout at = layout_of(p.pixels);
   exact_slopes(p, &at);
-  return cudaLaunchKernelEx(&config, unfolded_kernel, p, at);
+  return launch_in_clusters(unfolded_kernel, T::kBlocks, T::kThreads, p, plan, at, edits, stream);
 }
 
 }  // namespace pyrewrite
