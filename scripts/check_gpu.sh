@@ -60,10 +60,10 @@ main() {
   cp -r "$here/tests" "$here/bench" "$here/csrc" "$here/pyproject.toml" "$out/work/"
   "$python" -m venv "$out/venv"
   venv=$out/venv/bin
-  # What PYTHON has installed, torch above all, is used as it is.
-  "$python" -c 'import site; print(*site.getsitepackages(), site.getusersitepackages(), sep="\n")' \
+  # What PYTHON has installed, torch above all, is used as it is, with what its own .pth files add.
+  "$python" -c 'import site; print(*(f"import site; site.addsitedir({x!r})" for x in [*site.getsitepackages(), site.getusersitepackages()]), sep="\n")' \
     >"$("$venv/python" -c 'import site; print(site.getsitepackages()[0])')/outer.pth"
-  step build 200 "$venv/pip" install "$here[bench]" || exit 1
+  step build 300 "$venv/pip" install "$here" pytest pytest-benchmark matplotlib || exit 1
   cd "$out/work"
   step diagnosis 30 "$venv/python" -m pyrewrite
   cat "$out/diagnosis.log"
