@@ -20,6 +20,7 @@ from ..errors import EditError
 
 MAX_MASK_BYTES = 16 << 20
 MAX_MASK_PIXELS = 8192 * 8192
+MASK_FORMATS = ("PNG", "JPEG", "WEBP")  # what browsers write; no other decoder meets a stranger's bytes
 
 
 class Box(NamedTuple):
@@ -54,13 +55,15 @@ def decode_mask(url: str, what: str = "mask") -> Image.Image:
     if len(body) > MAX_MASK_BYTES:
         raise EditError(f"{what}: {len(body)} characters; expected at most {MAX_MASK_BYTES}")
     try:
-        data = base64.b64decode(body, validate=True)
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_MASK_PIXELS:
-            raise EditError(f"{what}: {image.width} x {image.height} pixels; expected at most {MAX_MASK_PIXELS}")
-        return image.convert("RGB").getchannel("R")
+        image = Image.open(io.BytesIO(base64.b64decode(body, validate=True)), formats=MASK_FORMATS)
+        size = (image.width, image.height)
+        if image.width * image.height <= MAX_MASK_PIXELS:
+            return image.convert("RGB").getchannel("R")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise EditError(f"{what}: expected at most {MAX_MASK_PIXELS} pixels ({error})") from error
     except (binascii.Error, UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise EditError(f"{what}: the data URL does not hold an image ({error})") from error
+        raise EditError(f"{what}: the data URL does not hold an image: expected PNG, JPEG or WebP ({error})") from error
+    raise EditError(f"{what}: {size[0]} x {size[1]} pixels; expected at most {MAX_MASK_PIXELS}")
 
 
 def encode_mask(mask: np.ndarray | Tensor) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -24,9 +26,9 @@ from pyrewrite.rewriting.selection import (
 )
 
 
-def url_of(image: Image.Image) -> str:
+def url_of(image: Image.Image, format: str = "png") -> str:
     file = io.BytesIO()
-    image.save(file, format="png")
+    image.save(file, format=format)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -89,6 +91,28 @@ def test_cut_off_image():
     whole = url_of(Image.new("RGB", (64, 64), "white"))
     with pytest.raises(EditError, match="does not hold an image"):
         decode_mask(whole[: 4 * (len(whole) // 8)], "mask")
+
+
+def claimed_png(width, height):
+    """A PNG that claims a size and holds no pixels."""
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"")),
+        (b"IEND", b""),
+    ]
+    chunks = [struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in parts]
+    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(chunks)).decode()
+
+
+@pytest.mark.parametrize("size", [8193, 10000, 20000, 2**31 - 1])
+def test_a_mask_that_claims_to_be_huge(size):
+    with pytest.raises(EditError, match=r"object mask: .*(pixels|image)"):
+        decode_mask(claimed_png(size, size), "object mask")
+
+
+def test_only_the_decoders_that_browsers_need():
+    with pytest.raises(EditError, match="expected PNG, JPEG or WebP"):
+        decode_mask(url_of(Image.new("RGB", (8, 8), "white"), "tiff"), "mask")
 
 
 def test_empty_mask():
