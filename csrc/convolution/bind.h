@@ -30,7 +30,8 @@ inline void bind_convolution(pybind11::module_& m) {
         name,
         [prepare, run](std::uintptr_t weight, int out, int in, std::uintptr_t prepared, int threads) {
           run([&] {
-            return prepare(reinterpret_cast<const float*>(weight), out, in, reinterpret_cast<float*>(prepared), threads);
+            return prepare(reinterpret_cast<const float*>(weight), out, in, reinterpret_cast<float*>(prepared),
+                           threads);
           });
         },
         py::arg("weight"), py::arg("out"), py::arg("in_"), py::arg("prepared"), py::arg("threads"));
@@ -57,6 +58,17 @@ inline void bind_convolution(pybind11::module_& m) {
         run([&] { return demodulation_cpu(params); });
       },
       py::arg("arrays"), py::arg("sizes"), py::arg("scale"), py::arg("epsilon"), py::arg("gain"));
+  // arrays: x, matrix, bias, skip, filter (0: null), y; sizes: those of x, and the colours
+  m.def(
+      "colours_cpu",
+      [run](const std::array<std::uintptr_t, 6>& arrays, const ConvolutionSizes& sizes, double clamp, int threads) {
+        const auto at = [&](int i) { return reinterpret_cast<float*>(arrays[i]); };
+        const auto [batch, height, width, in, channels] = sizes;
+        const ColoursParams params{at(0), at(1),  at(2), at(3), at(4),    at(5),
+                                   batch, height, width, in,    channels, static_cast<float>(clamp)};
+        run([&] { return colours_cpu(params, threads); });
+      },
+      py::arg("arrays"), py::arg("sizes"), py::arg("clamp"), py::arg("threads"));
   // arrays: x, prepared weight, scale of the inputs, of the outputs, noise, bias (0: null), then y
   m.def(
       "conv3x3_cpu",

@@ -80,9 +80,8 @@ Status conv3x3_cpu(const Conv3x3Params& params, int threads) {
   const auto room = room_for(scratch, threads);
   if (!room) return no_memory();
   spread_product(PYREWRITE_DISPATCH(conv3x3_tiles)(params), params.out / PYREWRITE_DISPATCH(conv_panel)(), threads,
-                 room.get(), scratch, [&](const ConvPart& part, float* own) {
-                   PYREWRITE_DISPATCH(conv3x3_part)(params, part, own);
-                 });
+                 room.get(), scratch,
+                 [&](const ConvPart& part, float* own) { PYREWRITE_DISPATCH(conv3x3_part)(params, part, own); });
   return {};
 }
 
@@ -94,9 +93,8 @@ Status upconv3x3_cpu(const UpConv3x3Params& params, int threads) {
   const auto room = room_for(scratch, threads);
   if (!room) return no_memory();
   spread_product(PYREWRITE_DISPATCH(upconv3x3_tiles)(params), params.out / PYREWRITE_DISPATCH(conv_panel)(), threads,
-                 room.get(), scratch, [&](const ConvPart& part, float* own) {
-                   PYREWRITE_DISPATCH(upconv3x3_part)(params, part, own);
-                 });
+                 room.get(), scratch,
+                 [&](const ConvPart& part, float* own) { PYREWRITE_DISPATCH(upconv3x3_part)(params, part, own); });
   const std::int64_t rows = params.width == 0 ? 0 : static_cast<std::int64_t>(params.batch) * 2 * params.height;
   spread(rows, threads, room.get(), scratch,
          [&](std::int64_t row, float* own) { PYREWRITE_DISPATCH(upconv3x3_row)(params, row, own); });
@@ -104,6 +102,16 @@ Status upconv3x3_cpu(const UpConv3x3Params& params, int threads) {
 }
 
 void linear_cpu(const LinearParams& params) { PYREWRITE_DISPATCH(linear_rows)(params); }
+
+Status colours_cpu(const ColoursParams& params, int threads) {
+  const Status status = check_channels(params.in, kConvChannels);
+  if (!status.ok()) return status;
+  const std::int64_t rows = params.width == 0 ? 0 : static_cast<std::int64_t>(params.batch) * params.height;
+  const bool small = rows * params.width * params.in < 1 << 14;
+  spread(rows, small ? 1 : threads, nullptr, 0,
+         [&](std::int64_t row, float*) { PYREWRITE_DISPATCH(colours_row)(params, row); });
+  return {};
+}
 
 Status demodulation_cpu(const DemodulationParams& params) {
   const Status status = check_channels(params.in, params.out);

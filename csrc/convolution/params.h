@@ -90,10 +90,25 @@ struct DemodulationParams {
   double scale, epsilon, gain;
 };
 
+// y = clamped(matrix x + bias) + skip, each of its pixels four, by this filter. Rows of pixels x, planes of y and skip.
+struct ColoursParams {
+  const float* x;       // batch x height x width x in
+  const float* matrix;  // batch x channels x in
+  const float* bias;    // channels
+  const float* skip;    // batch x channels x height / 2 x width / 2, or null
+  const float* filter;  // 4 x 4: output 2 n + k - 1 takes filter[k] * skip[n] in each direction; null without skip
+  float* y;             // batch x channels x height x width
+  int batch, height, width, in, channels;
+  float clamp;  // infinity: none
+};
+
 void linear_cpu(const LinearParams& params);
+Status colours_cpu(const ColoursParams& params, int threads);
 Status demodulation_cpu(const DemodulationParams& params);
 
 PYREWRITE_DECLARE_ISA(void, linear_rows, (const LinearParams& params))
 PYREWRITE_DECLARE_ISA(void, demodulate, (const DemodulationParams& params))
+// One row of pixels: number row of batch x height.
+PYREWRITE_DECLARE_ISA(void, colours_row, (const ColoursParams& params, std::int64_t row))
 
 }  // namespace pyrewrite

@@ -146,8 +146,8 @@ void conv3x3_part(const Conv3x3Params& p, const ConvPart& part, float* scratch) 
       last = first + order.panels < part.last_panel ? first + order.panels : part.last_panel;
       for (int n = 0; n < kPoints; ++n)
         for (int panel = first; panel < last; ++panel)
-          multiply(inputs + n * point, p.weight + (static_cast<std::int64_t>(panel) * kPoints + n) * filter, p.in, count,
-                   sums + ((panel - first) * kPoints + n) * plane);
+          multiply(inputs + n * point, p.weight + (static_cast<std::int64_t>(panel) * kPoints + n) * filter, p.in,
+                   count, sums + ((panel - first) * kPoints + n) * plane);
       for (int panel = first; panel < last; ++panel)
         for (int t = 0; t < count; ++t)
           write_tile(p, tiles[t], panel, sums + (panel - first) * kPoints * plane + t * kPanel, plane);

@@ -15,9 +15,9 @@ constexpr int kMostTiles = 48;             // in a block
 constexpr int kPoints = 16;                // of a transformed tile, and of a transformed filter
 static_assert(kConvChannels % kPanel == 0 && kConvChannels % kLanes == 0, "channels come in whole panels");
 
-// How a part is done. With few channels the transformed inputs of a block stay in the second-level cache for all panels,
-// one after the other. With many, those of one point stay there, for all panels before the next point; a larger block
-// then reads the weights less often.
+// How a part is done. With few channels the transformed inputs of a block stay in the second-level cache for all
+// panels, one after the other. With many, those of one point stay there, for all panels before the next point; a larger
+// block then reads the weights less often.
 struct Order {
   int tiles;   // in a block
   int panels;  // whose sums are made before any output is

@@ -27,7 +27,7 @@ from pyrewrite.ops.convolution import (
     prepare_upconv3x3,
     upconv3x3,
 )
-from pyrewrite.ops.modulation import demodulated_scale
+from pyrewrite.ops.modulation import colours, colours_kernel_takes, demodulated_scale
 
 if TYPE_CHECKING:
     from pyrewrite.ops.insertion import ConvLayer
@@ -98,11 +98,14 @@ class ToRGB(nn.Module):
     def forward(self, x: Tensor, w: Tensor, skip: Tensor | None) -> Tensor:
         """x: B x I x H x W, skip: B x C x H/2 x W/2 or None -> B x C x H x W"""
         style = self.conv.modulation.style(w) * self.conv.scale  # B x I
-        matrix = (self.conv.weight[0, :, :, 0, 0] * style[:, None]).to(x.dtype)  # B x C x I
-        rgb = torch.bmm(matrix, x.flatten(2)).unflatten(2, x.shape[2:]) + self.bias
+        matrix = self.conv.weight[0, :, :, 0, 0] * style[:, None]  # B x C x I
+        kernel = self.upsample.kernel if hasattr(self, "upsample") else None
+        if colours_kernel_takes(x, matrix, bias := self.bias[0, :, 0, 0], skip, kernel):
+            return colours(x, matrix, bias, self.clamp, skip, kernel)
+        rgb = torch.bmm(matrix.to(x.dtype), x.flatten(2)).unflatten(2, x.shape[2:]) + self.bias
         if self.clamp is not None:
             rgb = rgb.clamp(-self.clamp, self.clamp)
-        return rgb if skip is None else rgb + upsampled_by_two(skip, self.upsample.kernel)
+        return rgb if skip is None else rgb + upsampled_by_two(skip, kernel)
 
 
 class SkipConv(nn.Module):

@@ -1,17 +1,20 @@
-"""The small sums of a modulated layer (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR
-2020, section 2.2): its style, and what demodulation multiplies its outputs by.
+"""The small parts of a modulated layer (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR
+2020, section 2.2): its style and what demodulation multiplies its outputs by, both summed in float64, and its colours.
 
-Both are summed in float64, so that their rounding does not depend on the batch. On a processor each is one call of a
-kernel; with gradients, and everywhere else, plain torch.
+An image's bits do not depend on its batch. On a processor each is one call of a kernel; with gradients, and everywhere
+else, plain torch.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyrewrite.ops import _library
+from pyrewrite.ops.convolution import CHANNELS
 
 
 def _native(*tensors: Tensor) -> bool:
@@ -60,4 +63,35 @@ def demodulated_scale(
     style, y = style.contiguous(), style.new_empty(len(style), o)
     arrays = [prepared.data_ptr(), style.data_ptr(), y.data_ptr()]
     _library.native("demodulated_scale").demodulation_cpu(arrays, (len(style), i, o), scale, epsilon, gain)
+    return y
+
+
+def colours_kernel_takes(x: Tensor, matrix: Tensor, bias: Tensor, skip: Tensor | None, kernel: Tensor | None) -> bool:
+    """Whether `colours` is for these: float32 on a processor without gradients, channels in multiples of 16, and a
+    filter of 4 x 4.
+    """
+    tensors = (x, matrix, bias) if skip is None or kernel is None else (x, matrix, bias, skip, kernel)
+    even = skip is None or (kernel is not None and tuple(kernel.shape) == (4, 4))
+    return even and x.shape[1] > 0 and x.shape[1] % CHANNELS == 0 and _native(*tensors)
+
+
+def colours(
+    x: Tensor, matrix: Tensor, bias: Tensor, clamp: float | None, skip: Tensor | None, kernel: Tensor | None
+) -> Tensor:
+    """clamped(matrix x + bias) + skip with zeros between its pixels and the filter, B x C x H x W: ToRGB of StyleGAN2.
+
+    x: B x I x H x W; matrix: B x C x I; bias: C; clamp: bound of the first part, None for none; skip: B x C x H/2 x W/2
+    with its kernel, 4 x 4, or None. For what `colours_kernel_takes`. Raises ValueError for shapes that do not fit.
+    """
+    b, i, h, w = x.shape
+    c = matrix.shape[1]
+    fits = tuple(matrix.shape) == (b, c, i) and tuple(bias.shape) == (c,)
+    if not fits or (skip is not None and (tuple(skip.shape) != (b, c, h // 2, w // 2) or h % 2 or w % 2)):
+        shapes = ", ".join("None" if t is None else str(tuple(t.shape)) for t in (x, matrix, bias, skip))
+        raise ValueError(f"colours takes B x I x H x W, B x C x I, C and B x C x H/2 x W/2, got {shapes}")
+    x, y = x.contiguous(memory_format=torch.channels_last), x.new_empty(b, c, h, w)
+    given = [None if t is None else t.contiguous() for t in (matrix, bias, skip, kernel)]
+    arrays = [0 if t is None else t.data_ptr() for t in (x, *given, y)]
+    bound = math.inf if clamp is None else clamp
+    _library.native("colours").colours_cpu(arrays, (b, h, w, i, c), bound, torch.get_num_threads())
     return y
