@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyrewrite.generators.base import Activation, EditableLayer, Generator, numbered_latents
+from pyrewrite.ops.modulation import wide_linear
 
 # The learning rate multiplier of the mapping network is part of the published model, not of its weights.
 MAPPING_RATE = 0.01
@@ -37,6 +38,10 @@ class EqualLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # B x fan_in -> B x fan_out
         y = F.linear(x * self.scale, self.weight.to(x.dtype), self.bias.to(x.dtype) * self.rate)
         return F.leaky_relu(y, SLOPE) * GAIN if self.activated else y
+
+    def style(self, w: Tensor) -> Tensor:
+        """w: B x fan_in -> B x fan_out, in float64 inside, so that the rounding does not depend on B; not activated."""
+        return wide_linear(w, self.weight, self.bias, self.scale, self.rate)
 
 
 def style_number(w: Tensor, n: int) -> Tensor:
