@@ -287,13 +287,17 @@ class StyleGAN2(StyleBased):
         """Of the activation; a block's last layer has half the energy where its input is added to it."""
         return 1.0 if self.skips is not None and index and index % 2 == 0 else GAIN
 
+    def value_bound(self, layer: str | EditableLayer) -> float | None:
+        return self._bound(self._index(layer))
+
+    def _bound(self, index: int) -> float | None:
+        clamp = self._styled(index).clamp
+        return None if clamp is None else clamp * self._gain(index) / GAIN
+
     def _clamped(self, index: int, x: Tensor) -> Tensor:
         """x: B x O x H x W, which may change."""
-        clamp = self._styled(index).clamp
-        if clamp is None:
-            return x
-        clamp *= self._gain(index) / GAIN
-        return x.clamp_(-clamp, clamp)
+        bound = self._bound(index)
+        return x if bound is None else x.clamp_(-bound, bound)
 
     def _fuses(self, index: int) -> bool:
         """Whether this package's convolutions are for the layer."""
