@@ -128,6 +128,7 @@ class StyleGAN2Shape:
     blurs      (height, width) of the filter of each up-sampling convolution
     upsamples  (height, width) of the filter of each skip connection, of colours or residual; none in "orig"
     labels     number of classes and width of their embedding; None for a generator without
+    joined     how the embedding is used: see `StyleBased`
     architecture  "skip": every block adds to the colours; "orig": only the last one makes them; "resnet": that too, and
                each block's input is added to what it puts out
     """
@@ -140,6 +141,7 @@ class StyleGAN2Shape:
     upsamples: tuple[tuple[int, int], ...]
     image_channels: int = 3
     labels: tuple[int, int] | None = None
+    joined: bool = False
     architecture: str = "skip"
 
 
@@ -185,7 +187,7 @@ class StyleGAN2(StyleBased):
     precisions = tuple(PRECISIONS)
 
     def __init__(self, shape: StyleGAN2Shape):
-        super().__init__(shape.mapping, shape.labels)
+        super().__init__(shape.mapping, shape.labels, shape.joined)
         style_dim = self.w_dim
         self.image_channels = shape.image_channels
         self.input = nn.Module()
