@@ -34,10 +34,10 @@ CHOICES = {"method": METHODS, "key_method": KEY_METHODS, "targets": TARGETS, "we
 
 
 def usual_layer(generator: Generator) -> str:
-    """The layer that a session starts with: the last at a quarter of the picture, 32 pixels at most, that does not
-    double the resolution; where object parts are, in every generator at hand.
+    """The layer that a session starts with, where object parts are in all generators at hand: the last one at an eighth
+    of the picture (16 pixels at least, 32 at most, a quarter in the smallest) that does not double the resolution.
     """
-    wanted = min(32, generator.image_size // 4)
+    wanted = min(32, max(16, generator.image_size // 8), generator.image_size // 4)
     layers = list(generator.layers.values())
     fitting = [g for g in layers if g.resolution - 2 * g.margin == wanted and not g.upsample]
     return (fitting or layers[: len(layers) // 2 + 1])[-1].name
@@ -107,6 +107,7 @@ def of(session: Session) -> dict[str, Any]:
         "live": {
             "row": session.live.row(d),
             "key": session.live.key,
+            "solved": session.live.solved,
             "error": session.live.error,
             "note": session.live.note,
         },
@@ -185,11 +186,11 @@ def can(session: Session) -> dict[str, bool | str]:
         "protect": painted,
         "match_selection": painted,
         "search": busy or query,
-        "matches": query,
+        "matches": None if d.matches else query or (None if session.scan_ready() else busy),
         "execute": busy or thing or target,
         "erase": busy or context,
         "hint": busy or thing or target,
-        "cancel": None if session.job else "nothing is running",
+        "cancel": None if session.job or session.collecting else "nothing is running",
         "stack": busy or (None if d.edits else "there are no edits"),
         "revert": busy or (None if d.edits else "there are no edits"),
         "undo": busy or (None if session.history.undo_label else "there is nothing to undo"),
@@ -200,6 +201,6 @@ def can(session: Session) -> dict[str, bool | str]:
         "gallery": busy,
         "save": None if d.object or d.paste or d.context or d.query else "there is nothing to save yet",
         "download": None if d.edits else "execute an edit first",
-        "snapshot": None,
+        "snapshot": busy,
     }
     return {name: reason or True for name, reason in reasons.items()}

@@ -17,7 +17,7 @@ from ..generators.network import EditableNetwork
 from ..ops import ConvLayer, InsertionTarget, crop_key, layer_values
 from .selection import Box, align, bounding_box, grow, mask_on_map, place
 
-MOST_AT_ONCE = 8  # more gain nothing before one layer, and a job is stopped between batches
+CAPTURE_BATCH = 8  # at most; more gain nothing, and a job is stopped between batches
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def activations(
 
 def capture_batch(generator: EditableNetwork) -> int:
     """How many images to capture at once."""
-    return min(MOST_AT_ONCE, generator.batch_size())
+    return min(CAPTURE_BATCH, generator.batch_size())
 
 
 def _runs(numbers: Sequence[int], latents: Mapping[int, Tensor]) -> list[tuple[bool, list[int]]]:
