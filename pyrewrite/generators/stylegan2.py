@@ -132,6 +132,7 @@ class StyleGAN2Shape:
     blurs      (height, width) of the filter of each up-sampling convolution
     upsamples  (height, width) of the filter of each skip connection, of colours or residual; none in "orig"
     labels     number of classes and width of their embedding; None for a generator without
+    joined     how the embedding is used: see `StyleBased`
     architecture  "skip": every block adds to the colours; "orig": only the last one makes them; "resnet": that too, and
                each block's input is added to what it puts out
     """
@@ -144,6 +145,7 @@ class StyleGAN2Shape:
     upsamples: tuple[tuple[int, int], ...]
     image_channels: int = 3
     labels: tuple[int, int] | None = None
+    joined: bool = False
     architecture: str = "skip"
 
 
@@ -189,7 +191,7 @@ class StyleGAN2(StyleBased):
     precisions = tuple(PRECISIONS)
 
     def __init__(self, shape: StyleGAN2Shape):
-        super().__init__(shape.mapping, shape.labels)
+        super().__init__(shape.mapping, shape.labels, shape.joined)
         style_dim = self.w_dim
         self.image_channels = shape.image_channels
         self.input = nn.Module()
@@ -289,13 +291,17 @@ class StyleGAN2(StyleBased):
         """Of the activation; a block's last layer has half the energy where its input is added to it."""
         return 1.0 if self.skips is not None and index and index % 2 == 0 else GAIN
 
+    def value_bound(self, layer: str | EditableLayer) -> float | None:
+        return self._bound(self._index(layer))
+
+    def _bound(self, index: int) -> float | None:
+        clamp = self._styled(index).clamp
+        return None if clamp is None else clamp * self._gain(index) / GAIN
+
     def _clamped(self, index: int, x: Tensor) -> Tensor:
         """x: B x O x H x W, which may change."""
-        clamp = self._styled(index).clamp
-        if clamp is None:
-            return x
-        clamp *= self._gain(index) / GAIN
-        return x.clamp_(-clamp, clamp)
+        bound = self._bound(index)
+        return x if bound is None else x.clamp_(-bound, bound)
 
     def _fuses(self, index: int) -> bool:
         """Whether this package's convolutions are for the layer."""
