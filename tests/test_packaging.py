@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import pyrewrite
+from pyrewrite.interface import module
 
 try:
     import tomllib
@@ -110,7 +111,7 @@ def test_wheel_is_whole(wheel, tracked):
         inside = set(archive.namelist())
     assert [name for name in tracked if name.startswith("pyrewrite/") and name not in inside] == []
     assert {"pyrewrite/py.typed", "pyrewrite/_C.pyi"} <= inside
-    front = {f"pyrewrite/interface/front/{name}" for name in ("index.html", "pyrewrite.js", "pyrewrite.css")}
+    front = {f"pyrewrite/interface/front/{name}" for name in ("index.html", *module.PARTS, *module.STYLES)}
     assert front <= inside, "the interface would be blank"
     assert len([name for name in inside if name.startswith("pyrewrite/_C.") and name.endswith((".so", ".pyd"))]) == 1
     assert not [name for name in inside if not name.startswith(("pyrewrite/", "pyrewrite-"))]

@@ -313,10 +313,11 @@ def _matches(r: Request) -> Reply:
     on = r.fields.boolean("on")
     quantile = r.fields.number("quantile", *RANGES["quantile"][:2], default=r.document.quantile)
     r.plain()
+    scan = on and not r.session.scan_ready()
+    if scan:
+        jobs.matches(r)  # first: where it is refused, matches stay off
     r.change("matches", r.document.replace(matches=on, quantile=quantile), merge=("matches", on))
-    if on and not r.session.scan_ready():
-        return jobs.matches(r)
-    return {}
+    return None if scan else {}
 
 
 # -- the stack and time ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +35,7 @@ class Live:
         self.error: str | None = None
         self.note: str | None = None
         self.key: str | None = None  # names what the pictures show; None while there are none
+        self.solved = False  # whether the edit is on the stack already: the pictures themselves show it
         self._document: Document | None = None
         self._wanted: Any = None  # what the preview depends on
         self._stages: list[str] = []
@@ -56,10 +58,6 @@ class Live:
         told, self._told = self._told, (self.error, self.note)
         return told != self._told
 
-    def state(self, document: Document) -> dict[str, Any]:
-        """For the state message."""
-        return {"row": self.row(document), "key": self.key, "error": self.error, "note": self.note}
-
     def row(self, document: Document) -> list[int]:
         """Pictures that the edit has not seen: of the strip first."""
         used = {r.image for r in (document.object, document.paste, *document.context) if r is not None}
@@ -67,9 +65,14 @@ class Live:
         return [n for n in numbers if n not in used and n not in document.latents][:ROW]
 
     def request(self, document: Document) -> None:
-        """Show the preview of this document; what was being shown of another one is dropped."""
+        """Show the preview of this document; what was being shown of another one is dropped.
+
+        There is none of an edit that is applied as it is: it would be shown twice over.
+        """
+        self.solved = any(e.active and _is_record_of(document, e.record) for e in document.edits)
         ready = (
-            document.object is not None
+            not self.solved
+            and document.object is not None
             and (document.paste is not None or document.context)
             and self.model.has_statistics(document.layer)
         )
@@ -151,3 +154,13 @@ class Live:
             f"for rank {settings.rank} paint larger ones, or add context"
         )
         return settings.replace(rank=most)
+
+
+def _is_record_of(document: Document, record: Mapping[str, Any] | None) -> bool:
+    """Whether the record has the document's selections and settings, as it has after Execute."""
+    return record is not None and _what_is_solved(record) == _what_is_solved(document.record().to_dict())
+
+
+def _what_is_solved(record: Mapping[str, Any]) -> Any:
+    own = {k: v for k, v in record.get("pyrewrite", {}).items() if k not in ("name", "generator", "images")}
+    return record.get("object"), record.get("paste"), record.get("key"), own

@@ -16,13 +16,14 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from importlib import resources
 from typing import Any
 from urllib.parse import urlsplit
 
 from tornado.httpserver import HTTPServer
 from tornado.web import Application, HTTPError, RequestHandler
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
+
+from . import module
 
 ADDRESS = "127.0.0.1"
 PORTS = range(8765, 8785)  # the first free one, where none is asked for
@@ -31,9 +32,9 @@ MESSAGE_LIMIT = (64 << 20) + HEADER_LIMIT + 4  # the largest upload, with its he
 WAITING_LIMIT = 512  # answers that a client may leave unread
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FILES = {
-    "": ("index.html", "text/html; charset=utf-8"),
-    "pyrewrite.js": ("pyrewrite.js", "text/javascript; charset=utf-8"),
-    "pyrewrite.css": ("pyrewrite.css", "text/css; charset=utf-8"),
+    "": (lambda: module.read("index.html"), "text/html; charset=utf-8"),
+    "pyrewrite.js": (module.module, "text/javascript; charset=utf-8"),
+    "pyrewrite.css": (module.style, "text/css; charset=utf-8"),
 }
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -111,8 +112,7 @@ class Page:
         self.socket = _bind(PORTS if port is None else [port])
         self.port = self.socket.getsockname()[1]
         self.address = f"http://{ADDRESS}:{self.port}{self.base}{self.token}/"
-        front = resources.files("pyrewrite.interface") / "front"
-        self.files = {name: (front / file).read_bytes() for name, (file, _) in FILES.items()}
+        self.files = {name: text().encode() for name, (text, _) in FILES.items()}
         self._started = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="pyrewrite page", daemon=True)

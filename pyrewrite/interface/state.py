@@ -34,10 +34,10 @@ CHOICES = {"method": METHODS, "key_method": KEY_METHODS, "targets": TARGETS, "we
 
 
 def usual_layer(generator: Generator) -> str:
-    """The layer that a session starts with: the last at a quarter of the picture, 32 pixels at most, that does not
-    double the resolution; where object parts are, in every generator at hand.
+    """The layer that a session starts with, where object parts are in all generators at hand: the last one at an eighth
+    of the picture (16 pixels at least, 32 at most, a quarter in the smallest) that does not double the resolution.
     """
-    wanted = min(32, generator.image_size // 4)
+    wanted = min(32, max(16, generator.image_size // 8), generator.image_size // 4)
     layers = list(generator.layers.values())
     fitting = [g for g in layers if g.resolution - 2 * g.margin == wanted and not g.upsample]
     return (fitting or layers[: len(layers) // 2 + 1])[-1].name
@@ -107,6 +107,7 @@ def of(session: Session) -> dict[str, Any]:
         "live": {
             "row": session.live.row(d),
             "key": session.live.key,
+            "solved": session.live.solved,
             "error": session.live.error,
             "note": session.live.note,
         },
@@ -185,7 +186,7 @@ def can(session: Session) -> dict[str, bool | str]:
         "protect": painted,
         "match_selection": painted,
         "search": busy or query,
-        "matches": query,
+        "matches": None if d.matches else query or (None if session.scan_ready() else busy),
         "execute": busy or thing or target,
         "erase": busy or context,
         "hint": busy or thing or target,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ import anywidget
 
 from ..generators import Generator, load_generator
 from ..generators.loading import generator_path
+from . import module
 from .page import Page, serve
 from .session import Client, Session
-
-FRONT = resources.files("pyrewrite.interface") / "front"
-
 
 _sessions: dict[int, tuple[weakref.ref[Session], dict[str, Any]]] = {}  # id of a generator -> its session, its options
 
@@ -74,8 +71,8 @@ class RewriteApp(anywidget.AnyWidget):
     widgets), `serve()` opens the same session as a page and says where. TypeError for anything else.
     """
 
-    _esm = (FRONT / "pyrewrite.js").read_text(encoding="utf-8")
-    _css = (FRONT / "pyrewrite.css").read_text(encoding="utf-8")
+    _esm = module.module()
+    _css = module.style()
 
     _client: Client | None = None
 

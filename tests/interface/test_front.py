@@ -245,7 +245,7 @@ def test_buttons_that_are_off_say_why(screen):
         assert button.get_attribute("aria-disabled") == "true", action
         assert " not now: " in button.get_attribute("title"), action
     screen.button("copy").click(force=True)
-    assert any("paint" in text for text in screen.notices())
+    until(lambda: any("paint" in text for text in screen.notices()))
 
 
 def test_errors_reach_the_page(screen):

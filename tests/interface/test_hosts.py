@@ -9,16 +9,14 @@ from __future__ import annotations
 import base64
 import json
 import queue
-from importlib import resources
 
 import pytest
 from interface_support import Screen, mask_of
 
-from pyrewrite.interface import Session
+from pyrewrite.interface import Session, module
 
 pytestmark = pytest.mark.browser
 
-FRONT = resources.files("pyrewrite.interface") / "front"
 HOST = """<!doctype html><html lang="en"><body><div id="cell" style="width: 1200px"></div></body></html>"""
 
 # A host with one widget. `ask` and `take` are this test: a message into the session, and what it has said since.
@@ -90,8 +88,7 @@ def render(browser, session):
         page.route("http://host.example/", lambda route: route.fulfill(body=HOST, content_type="text/html"))
         page.goto("http://host.example/")
         screen = Screen(page)
-        files = {"module": "pyrewrite.js", "style": "pyrewrite.css"}
-        texts = {name: (FRONT / file).read_text(encoding="utf-8") for name, file in files.items()}
+        texts = {"module": module.module(), "style": module.style()}
         page.evaluate(RENDER, {**texts, "shadow": shadow, "kernel": kernel})
         return screen
 

@@ -51,7 +51,7 @@ def test_connecting_gives_the_state_at_once(session):
 
 
 def test_the_first_layer_of_a_session_is_one_that_usually_fits():
-    for name, layer in (("peeps", "layer8"), ("peeps-progan", "layer6")):
+    for name, layer in (("peeps", "layer6"), ("peeps-progan", "layer6")):
         session = Session(load_generator(name), samples=8, cache_dir=False)
         assert session.document.layer == layer
         session.close()

@@ -412,3 +412,37 @@ def test_any_sequence_of_actions_undone_is_bit_exact(session, seed):
     assert session.document == start
     assert same_bits(settled(session), kept)
     assert session.model.generator.patches is None
+
+
+def test_an_applied_edit_is_not_shown_twice_over(session, client):
+    """After Execute the pictures show it; live pictures come back as soon as something else would be solved."""
+    client.do("set", **QUICK)
+    client.settle()
+    assert client.state["live"]["key"] is not None
+    done = client.do("execute")
+    client.settle()
+    assert (client.state["live"]["key"], client.state["live"]["solved"]) == (None, True)
+    client.do("match_selection")  # plays no part in what is solved
+    client.settle()
+    assert client.state["live"]["solved"]
+    client.do("stack", edit=done["edit"], on=False)
+    client.settle()
+    assert (client.state["live"]["key"] is not None, client.state["live"]["solved"]) == (True, False)
+    client.do("stack", edit=done["edit"], on=True)
+    client.do("move", image=None, dy=3, dx=0)
+    client.settle()
+    assert (client.state["live"]["key"] is not None, client.state["live"]["solved"]) == (True, False)
+
+
+def test_matches_that_are_refused_stay_off(session, client):
+    client.do("set", **LONG)
+    running(client)
+    assert client.of_type("state")[-1][0]["can"]["matches"] == "Execute is running"
+    with pytest.raises(Refused, match="Execute is running"):
+        client.do("matches", on=True)
+    assert not session.document.matches
+    client.do("cancel")
+    client.settle()
+    client.do("matches", on=True)
+    client.settle()
+    assert client.state["matches"] == {"on": True, "ready": True}
