@@ -118,13 +118,12 @@ class Rewriter:
 
     # -- edits -------------------------------------------------------------------------------------------------------
 
-    def directions(self, edit: Edit, settings: Settings | None = None) -> Tensor:
-        """The edit's context as directions D, r x I float32."""
+    def directions(self, edit: Edit, settings: Settings | None = None, captured: Captured | None = None) -> Tensor:
+        """The edit's context as directions D, r x I float32. captured: its images, where they are at hand."""
         settings = settings or edit.resolve()
         context = self._context(edit)
-        return self._directions(
-            self.capture([s.image for s in [*context, *edit.protect]], edit.latents), context, settings, edit.protect
-        )
+        captured = captured or self.capture([s.image for s in [*context, *edit.protect]], edit.latents)
+        return self._directions(captured, context, settings, edit.protect)
 
     def solve(
         self,
@@ -254,14 +253,17 @@ class Rewriter:
         """Keys and values of numbered images at the layer, each image once, as `closed_form` takes them."""
         return capture(self.generator, self.layer, numbers, self.seed, latents)
 
-    def closed_form(self, edit: Edit, captured: Captured, settings: Settings | None = None) -> LowRankPatch:
+    def closed_form(
+        self, edit: Edit, captured: Captured, settings: Settings | None = None, direction: Tensor | None = None
+    ) -> LowRankPatch:
         """The edit solved by least squares from images that are at hand: a patch without a report, in milliseconds.
 
-        captured: of all the images that `images_of` names. The generator is not touched.
-        Raises EditError as `solve` does.
+        captured: of all the images that `images_of` names. direction: what `directions` gives, where it is at hand.
+        The generator is not touched. Raises EditError as `solve` does.
         """
         settings = settings or self._settings(edit, None, {})
-        direction = self._directions(captured, self._context(edit), settings, edit.protect)  # r x I
+        if direction is None:
+            direction = self.directions(edit, settings, captured)  # r x I
         targets = [p.target for p in self._targets(captured, edit, settings)]
         penalty = self._penalty(direction, settings.preserve)
         conv = self.generator.conv_layer(self.layer)

@@ -14,7 +14,10 @@ from support import bits, same_bits, settled
 
 from pyrewrite import Edit, LowRankPatch, Rewriter, load_generator
 from pyrewrite.demo import demo_edits
+from pyrewrite.edit import Selection
 from pyrewrite.interface import Session
+from pyrewrite.interface.document import Mask
+from pyrewrite.rewriting import encode_mask
 
 QUICK = {"rank": 3, "steps": 31, "margin": 0}
 
@@ -211,6 +214,27 @@ def test_the_gallery_holds_edits_of_this_very_generator(session, client):
     assert edit["report"]["loss_after"] < edit["report"]["loss_before"]
     with pytest.raises(Refused, match="on the stack already"):
         client.do("gallery", apply="beanie")
+
+
+def test_a_loaded_record_with_soft_masks_solves_as_it_does_anywhere(session, client):
+    values = np.zeros((128, 128), np.float32)
+    values[40:90, 40:90] = np.linspace(0.1, 1, 50)
+    edges = encode_mask(values)
+    record = Edit(
+        object=Selection(0, edges), paste=Selection(1, edges), context=[Selection(2, edges)], layer="layer4",
+        settings={"rank": 3, "steps": 11, "margin": 0},
+    )  # fmt: skip
+    client.do("upload", json.dumps(record.to_dict()).encode(), kind="edit")
+    client.do("execute")
+    (edit,) = session.document.edits
+    rewriter = session.model.rewriter("layer4")
+    with session.model.original():
+        (expected,) = rewriter.solve(record).updates
+    (found,) = edit.patch.updates
+    assert torch.equal(found.direction, expected.direction)
+    assert torch.allclose(found.lambda_, expected.lambda_, rtol=1e-4, atol=1e-6)
+    client.do("object_mask", Mask.from_url(edges, 128).bits)  # repainted it is what was painted
+    assert session.document.object.mask.given is None
 
 
 def test_help_says_how_to_use_a_picture_of_ones_own(client):
