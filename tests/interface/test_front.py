@@ -121,22 +121,23 @@ def test_masks_in_the_module(screen):
     ids=["100%", "80%", "150%", "dense", "200%"],
     indirect=True,
 )
-@pytest.mark.parametrize("tile", [72, 136, 296])
-def test_strokes_land_under_the_cursor(screen, session, tile):
-    screen.page.locator("input[name=tile]").fill(str(tile))
+def test_strokes_land_under_the_cursor(screen, session):
     screen.page.locator("input[name=brush]").fill("0.03")
-    screen.ready()
-    for number in (0, 11):  # the last one is scrolled into view
-        screen.stroke(screen.tile(number), [DOT])
-        mask = until(lambda number=number: mask_of(session) if painted_in(session) == number else None)
-        y, x = np.nonzero(mask)
-        pixel = SIZE / screen.tile(number).bounding_box()["width"]  # of the picture in one of the screen's
-        assert abs(y.mean() + 0.5 - DOT[0] * SIZE) <= 0.6 + pixel
-        assert abs(x.mean() + 0.5 - DOT[1] * SIZE) <= 0.6 + pixel
-        radius = 0.03 * SIZE
-        # The brush is in the picture's pixels too.
-        assert abs(mask.sum() - np.pi * radius**2) < 0.25 * np.pi * radius**2
-    screen.press("clear")
+    radius = 0.03 * SIZE
+    for tile in (72, 136, 296):  # pixels of a picture on the screen
+        screen.page.locator("input[name=tile]").fill(str(tile))
+        screen.ready()
+        for number in (0, 11):  # the last one is scrolled into view
+            screen.stroke(screen.tile(number), [DOT])
+            mask = until(lambda number=number: mask_of(session) if painted_in(session) == number else None)
+            y, x = np.nonzero(mask)
+            pixel = SIZE / screen.tile(number).bounding_box()["width"]  # of the picture in one of the screen's
+            assert abs(y.mean() + 0.5 - DOT[0] * SIZE) <= 0.6 + pixel
+            assert abs(x.mean() + 0.5 - DOT[1] * SIZE) <= 0.6 + pixel
+            # The brush is in the picture's pixels too.
+            assert abs(mask.sum() - np.pi * radius**2) < 0.25 * np.pi * radius**2
+        screen.press("clear")
+        until(lambda: mask_of(session) is None)
 
 
 def painted_in(session):
