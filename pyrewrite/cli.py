@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> N
 def main() -> None:
     """Change a rule inside a pretrained image generator.
 
-    GENERATOR is a file of a StyleGAN2 (rosinality, NVIDIA .pkl, GenForce, mmgeneration), a Progressive GAN or a DCGAN,
-    or the name of a bundled one: peeps (StyleGAN2), peeps-progan.
+    GENERATOR is a file of a StyleGAN2 (rosinality, NVIDIA .pkl, GenForce, mmgeneration), a StyleGAN3, a Progressive GAN
+    or a DCGAN, or the name of a bundled one: peeps (StyleGAN2), peeps-progan.
     `python -m pyrewrite` says what was built and what this machine offers.
     """
 
@@ -195,7 +196,7 @@ def stats(
     if as_json:
         _print_json(data)
     else:
-        click.echo("\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in data.items()))
+        click.echo("\n".join(_lines(data)))
 
 
 def _settings_options(command):
@@ -301,7 +302,7 @@ def apply(file: str, patches: tuple[str, ...], out: str, strength: float, force:
     for patch in _patches(patches, strength):
         patch.apply_(generator, force=force)
     save_generator(generator, out)
-    click.echo(f"{out}: {generator.family} with {len(patches)} patches, hash {generator.weights_hash()}")
+    click.echo(f"{out}: {generator.family} with {' and '.join(patches)}, hash {generator.weights_hash()}")
 
 
 @main.command()
@@ -341,7 +342,7 @@ def sample(
             patch.apply_(generator, force=force)
         rows.append(generator.images(numbers, seed))
     contact_sheet(rows, ["before", "after"] if patches else [""], out, labels=[str(n) for n in numbers])
-    click.echo(f"{out}: {len(numbers)} images")
+    click.echo(f"{out}: images {images}")
 
 
 @main.command()
@@ -392,7 +393,7 @@ def evaluate(
     if as_json:
         _print_json(data)
     else:
-        click.echo("\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in data.items()))
+        click.echo("\n".join(_lines(data)))
 
 
 @main.command()
@@ -516,6 +517,17 @@ def _patches(paths: tuple[str, ...], strength: float):
 
     patches = [LowRankPatch.load(path) for path in paths]
     return [patch if strength == 1 else patch.scaled(strength) for patch in patches]
+
+
+def _lines(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Nested measures as lines: the innermost names of each group side by side."""
+    plain = {name: value for name, value in data.items() if not isinstance(value, dict)}
+    numbers = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in plain.items() if value is not None)
+    if text := ", ".join(numbers):
+        yield f"{prefix}: {text}" if prefix else text
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from _lines(value, f"{prefix} {name}".strip())
 
 
 def _print_json(data: Any) -> None:

@@ -11,6 +11,7 @@ import binascii
 import dataclasses
 import io
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -89,17 +90,21 @@ class Settings:
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise EditError(f"setting {name!r} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+                raise EditError(
+                    f"setting {name!r} is {getattr(self, name)!r:.60}; expected one of {', '.join(allowed)}"
+                )
         for name, least in _INTEGERS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise EditError(f"setting {name!r} is {value!r}; expected a whole number of at least {least}")
+                raise EditError(f"setting {name!r} is {value!r:.60}; expected a whole number of at least {least}")
         for name, least in _NUMBERS.items():
             value = getattr(self, name)
-            finite = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+            finite = (
+                isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+            )
             if not finite or (value < least if least is not None else value <= 0):
                 bound = "above 0" if least is None else f"of at least {least}"
-                raise EditError(f"setting {name!r} is {value!r}; expected a finite number {bound}")
+                raise EditError(f"setting {name!r} is {value!r:.60}; expected a finite number {bound}")
         if not isinstance(self.warm_start, bool):
             raise EditError(f"setting 'warm_start' is {self.warm_start!r}; expected true or false")
 
@@ -107,7 +112,7 @@ class Settings:
         """A copy with some settings changed; an unknown name is an EditError."""
         unknown = sorted(set(changes) - set(SETTING_NAMES))
         if unknown:
-            raise EditError(f"unknown setting {unknown[0]!r}; expected one of {', '.join(SETTING_NAMES)}")
+            raise EditError(f"unknown setting {unknown[0]!r:.60}; expected one of {', '.join(SETTING_NAMES)}")
         return dataclasses.replace(self, **changes)
 
 
@@ -171,8 +176,8 @@ class Edit:
         """
         path = Path(path)
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            record = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, a number or a nesting beyond all use
             raise EditError(f"{path}: not an edit record: expected JSON ({error})") from error
         edit = cls.from_dict(record, source=str(path))
         if edit.name is None:
@@ -192,7 +197,9 @@ class Edit:
             raise EditError(f"{source}: field 'pyrewrite' is {_kind(own)}; expected an object")
         version = own.get("version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
-            raise EditError(f"{source}: field 'pyrewrite.version' is {version!r}; this release reads {FORMAT_VERSION}")
+            raise EditError(
+                f"{source}: field 'pyrewrite.version' is {version!r:.60}; this release reads {FORMAT_VERSION}"
+            )
         settings = own.get("settings") or {}
         if not isinstance(settings, dict):
             raise EditError(f"{source}: field 'pyrewrite.settings' is {_kind(settings)}; expected an object")
@@ -203,6 +210,13 @@ class Edit:
         for name in ("name", "layer"):
             if own.get(name) is not None and not isinstance(own[name], str):
                 raise EditError(f"{source}: field 'pyrewrite.{name}' is {_kind(own[name])}; expected a string")
+        generator = own.get("generator")
+        if generator is not None and not (
+            isinstance(generator, dict) and all(isinstance(value, str) for value in generator.values())
+        ):
+            raise EditError(
+                f"{source}: field 'pyrewrite.generator' is {generator!r:.60}; expected its family and its hash"
+            )
         return cls(
             object=_selection(record.get("object"), source, "object"),
             paste=_selection(record.get("paste"), source, "paste"),
@@ -211,7 +225,7 @@ class Edit:
             name=own.get("name"),
             layer=own.get("layer"),
             settings=dict(settings),
-            generator=own.get("generator"),
+            generator=generator,
             protect=_selections(own.get("protect"), source, "pyrewrite.protect"),
             places=_places(own.get("places"), source),
             latents=_latents(own.get("latents"), source),
@@ -263,8 +277,8 @@ def _selection(value: Any, source: str, field_name: str) -> Selection | None:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise EditError(f"{source}: field {field_name!r}: expected [image number, mask data URL], got {_kind(value)}")
     image, mask = value
-    if isinstance(image, bool) or not isinstance(image, int) or image < 0:
-        raise EditError(f"{source}: field {field_name!r}: image number {image!r}; expected a whole number from 0")
+    if isinstance(image, bool) or not isinstance(image, int) or not 0 <= image < 1 << 31:
+        raise EditError(f"{source}: field {field_name!r}: image number {image!r:.60}; expected a whole number from 0")
     if not isinstance(mask, str):
         raise EditError(f"{source}: field {field_name!r}: the mask is {_kind(mask)}; expected a PNG data URL")
     return Selection(image, mask)
@@ -300,9 +314,9 @@ def _places(value: Any, source: str) -> dict[int, Place]:
         for name in ("dy", "dx"):
             shift = item.get(name, 0)
             if isinstance(shift, bool) or not isinstance(shift, int) or abs(shift) > 1 << 16:
-                raise EditError(f"{what}: {name} is {shift!r}; expected a whole number of pixels")
+                raise EditError(f"{what}: {name} is {shift!r:.60}; expected a whole number of pixels")
         if not isinstance(item.get("on", True), bool):
-            raise EditError(f"{what}: on is {item['on']!r}; expected true or false")
+            raise EditError(f"{what}: on is {item['on']!r:.60}; expected true or false")
         places[number] = Place(**item)
     return places
 

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+LONGEST_MESSAGE = 1500
+
 
 class CheckpointError(ValueError):
-    """A file cannot be loaded as a generator. The message names the file, what was found and what was expected."""
+    """A file cannot be loaded as a generator. The message names the file, what was found and what was expected.
+
+    Much of a message can come from the file: it is cut to LONGEST_MESSAGE characters, and what does not print is shown
+    as an escape, so that it can neither flood a terminal nor steer it.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE - 400]} ... {message[-390:]}"
+        printed = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        super().__init__("".join(printed))
 
 
 class NotACheckpointError(CheckpointError):

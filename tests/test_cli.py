@@ -153,6 +153,8 @@ def test_solve_sample_evaluate_apply(run, record, tmp_path):
         run("evaluate", "peeps-progan", patch, "--images", "10-13", "--edit", record, "--attributes", "--json")
     )
     assert found["images"] == 4
+    text = run("evaluate", "peeps-progan", patch, "--images", "10-13", "--edit", record)
+    assert f"change inside: l1 {found['change']['inside']['l1']:.4g}, psnr " in text
     assert found["change"]["inside"]["l1"] > found["change"]["outside"]["l1"]
     assert set(found["attributes"]) == {"hat", "glasses", "beard", "mood"}
 

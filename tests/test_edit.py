@@ -85,7 +85,14 @@ def test_precedence_of_settings():
         ('{"key": [], "pyrewrite": {"settings": {"preserve": -1}}}', "'preserve' is -1"),
         ('{"key": [], "pyrewrite": {"settings": {"shrinkage": Infinity}}}', "'shrinkage' is inf"),
         ('{"key": [], "pyrewrite": {"settings": {"method": "magic"}}}', "low_rank, projected"),
+        ('{"key": [], "pyrewrite": {"settings": {"lr": 1' + "0" * 400 + "}}}", "'lr' is 100"),
+        ('{"key": [], "pyrewrite": {"settings": {"method": "' + "m" * 10000 + '"}}}', "low_rank, projected"),
         ('{"key": [], "pyrewrite": {"layer": 8}}', "pyrewrite.layer"),
+        ('{"key": [], "pyrewrite": {"generator": "peeps"}}', "pyrewrite.generator"),
+        ('{"key": [], "pyrewrite": {"generator": {"hash": 3}}}', "pyrewrite.generator"),
+        ('{"paste": [2147483648, "data:"]}', "image number 2147483648"),
+        ('{"paste": [' + "9" * 5000 + ', "data:"]}', "expected JSON"),
+        ("[" * 100_000, "expected JSON"),
     ],
 )
 def test_bad_records_name_file_and_field(text, named, tmp_path):
@@ -95,6 +102,13 @@ def test_bad_records_name_file_and_field(text, named, tmp_path):
         Edit.load(path)
     assert named in str(error.value)
     assert "bad.json" in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_a_record_with_a_byte_order_mark_as_some_editors_save_it(tmp_path):
+    path = tmp_path / "marked.json"
+    path.write_text('{"object": [1, "data:"]}', encoding="utf-8-sig")
+    assert Edit.load(path).object == Selection(1, "data:")
 
 
 def test_binary_file_is_not_a_record(tmp_path):

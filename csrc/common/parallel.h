@@ -2,25 +2,17 @@
 #pragma once
 
 #include <cstdint>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 namespace pyrewrite {
 
-// Calls body(part) for part = 0 .. parts - 1, each on its own thread and the last on the caller's. Where the system
-// gives no more threads, the caller does the rest. `body` must not throw.
+// Calls run(body, part) for part = 0 .. parts - 1, on up to `parts` threads, the caller's among them. Parts must not
+// wait for each other: there may be fewer threads.
+void run_parts(int parts, void (*run)(const void* body, int part), const void* body);
+
+// Calls body(part) for part = 0 .. parts - 1 as `run_parts` does. `body` must not throw.
 template <typename Body>
 void parallel_parts(int parts, const Body& body) {
-  std::vector<std::thread> threads;
-  int started = 0;
-  try {
-    threads.reserve(parts > 1 ? parts - 1 : 0);
-    for (; started < parts - 1; ++started) threads.emplace_back([&body, part = started] { body(part); });
-  } catch (const std::system_error&) {
-  }
-  for (int part = started; part < parts; ++part) body(part);
-  for (auto& thread : threads) thread.join();
+  run_parts(parts, [](const void* it, int part) { (*static_cast<const Body*>(it))(part); }, &body);
 }
 
 // First item of `part` when `count` items are spread over `parts` as evenly as can be.

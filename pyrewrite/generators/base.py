@@ -6,7 +6,7 @@ import abc
 import numbers as number_types
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -203,6 +203,16 @@ class Generator(EditableNetwork):
         """Name in `settings` -> the attribute, and its default."""
         return {"label": ("label", 0 if self.classes else None)}
 
+    def has_settings(self, settings: Mapping[str, Any]) -> bool:
+        def said(given: Mapping[str, Any]) -> dict[str, Any]:
+            # Class 0 is the default, and all that a generator without classes has.
+            defaults = {"label": 0} | {
+                name: default for name, (_, default) in self._setting_defaults().items() if default
+            }
+            return {name: value for name, value in given.items() if value != defaults.get(name)}
+
+        return said(settings) == said(self.settings())
+
     def apply_settings(self, settings: Mapping[str, Any]) -> None:
         """Set what `settings()` said, as an edit record keeps it; what it did not say is set to the default.
 
@@ -271,8 +281,10 @@ class Generator(EditableNetwork):
         largest = max(layer.in_channels * layer.key_resolution**2, layer.out_channels * layer.resolution**2)
         return largest >= layer.weight.numel() // 2
 
-    def _prepared(self, index: int, carry: Any) -> Any:
-        """The carry before a batch runs image by image from this layer on, with what is cheaper for all of them."""
+    def _prepared(self, index: int, carry: Any, end: int) -> Any:
+        """The carry before a batch runs image by image from this layer to before layer number `end`, with what is
+        cheaper for all of them.
+        """
         return carry
 
     def _one_of(self, carry: Any, row: int) -> Any:
@@ -287,7 +299,7 @@ class Generator(EditableNetwork):
         """The input of layer number `index` and the carry there, from those of layer number `start`."""
         for i in range(start, index):
             if len(x) > 1 and self._one_by_one(i):
-                carry = self._prepared(i, carry)
+                carry = self._prepared(i, carry, index)
                 run = lambda b: self._input_of(index, x[b : b + 1], self._one_of(carry, b), i)  # noqa: E731, B023
                 parts = side_by_side(run, len(x))
                 return torch.cat([part[0] for part in parts]), self._joined([part[1] for part in parts])
@@ -297,7 +309,7 @@ class Generator(EditableNetwork):
     def _render_from(self, index: int, x: Tensor, carry: Any) -> Tensor:
         for i in range(index, len(self._layers)):
             if len(x) > 1 and x.dtype == self.dtype and self._one_by_one(i):
-                carry = self._prepared(i, carry)
+                carry = self._prepared(i, carry, len(self._layers))
                 run = lambda b: self._render_from(i, x[b : b + 1], self._one_of(carry, b))  # noqa: E731, B023
                 return torch.cat(side_by_side(run, len(x)))
             x, carry = self._step(i, x, carry)
@@ -311,6 +323,21 @@ class Generator(EditableNetwork):
     def capture(self, layer: str | EditableLayer, z: Tensor) -> Activation:
         """The layer's key, value, style and noise for the latents z, and what `finish` needs. Stops after the layer."""
         return self._captured(layer, *self._begin(self._checked_latents(z), render=True))
+
+    def captures(self, z: Tensor) -> Iterator[Activation]:
+        """What `capture` gives at each layer, in their order, in one run: z is B x z_dim.
+
+        A layer's maps are made when they are asked for: one that has been dropped takes no memory.
+        """
+        return self._captures(*self._begin(self._checked_latents(z), render=True))
+
+    def _captures(self, x: Tensor, carry: Any) -> Iterator[Activation]:
+        """x, carry: the input of the first layer."""
+        for index, layer in enumerate(self._layers.values()):
+            key, style = self._key(index, x, carry)
+            value = self._captured_value(index, x, key, style)
+            yield Activation(key, value, style, self._noise(index), carry, layer.margin, layer.key_margin)
+            x, carry = self._advance(index, value, carry)
 
     def _captured(self, layer: str | EditableLayer, x: Tensor, carry: Any) -> Activation:
         """x, carry: the input of the first layer."""

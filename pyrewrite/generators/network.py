@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -172,6 +172,10 @@ class EditableNetwork(nn.Module, abc.ABC):
     def settings(self) -> dict[str, Any]:
         """What else than weights, latents and truncation decides the images; only what is not the default."""
         return {}
+
+    def has_settings(self, settings: Mapping[str, Any]) -> bool:
+        """Whether these, as an edit record keeps them, are the settings here; what they do not say is the default."""
+        return dict(settings) == self.settings()
 
     # -- identity ----------------------------------------------------
 

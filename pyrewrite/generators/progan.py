@@ -148,9 +148,8 @@ class ProGAN(Generator):
             x = self._value(index, self._key(index, x, carry)[0], None)
         return F.leaky_relu_(x.mul_(block.scale).add_(block.wscale.b[:, None, None]), SLOPE), carry
 
-    def _prepared(self, index: int, carry: Any) -> Mapping[int, Tensor | None]:
-        later = range(index, len(self._layers))
-        return {i: prepare_conv3x3(self._block(i).conv.weight) for i in later if self._plain(i)}
+    def _prepared(self, index: int, carry: Any, end: int) -> Mapping[int, Tensor | None]:
+        return {i: prepare_conv3x3(self._block(i).conv.weight) for i in range(index, end) if self._plain(i)}
 
     def _joined(self, carries: list[Any]) -> Mapping[int, Tensor | None]:
         return {}  # weights may change before the images go on

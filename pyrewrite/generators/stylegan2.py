@@ -8,7 +8,7 @@ associative memory of the rewriting paper.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -392,8 +392,8 @@ class StyleGAN2(StyleBased):
         x = x + (self._noise_of(index, len(x)) * gain).to(x.dtype)
         return self._clamped(index, F.leaky_relu_(x, SLOPE))
 
-    def _prepared(self, index: int, carry: _Carry) -> _Carry:
-        later = {i: self._constants(i, carry.w) for i in range(index, len(self._layers)) if self._one_by_one(i)}
+    def _prepared(self, index: int, carry: _Carry, end: int) -> _Carry:
+        later = {i: self._constants(i, carry.w) for i in range(index, end) if self._one_by_one(i)}
         return carry._replace(prepared=later)
 
     def _one_of(self, carry: _Carry, row: int) -> _Carry:
@@ -437,6 +437,10 @@ class StyleGAN2(StyleBased):
     def _captured(self, layer: str | EditableLayer, x: Tensor, carry: _Carry) -> Activation:
         self._require_fixed_noise()
         return super()._captured(layer, x, carry)
+
+    def _captures(self, x: Tensor, carry: _Carry) -> Iterator[Activation]:
+        self._require_fixed_noise()
+        return super()._captures(x, carry)
 
     def _advance(self, index: int, value: Tensor, carry: _Carry) -> tuple[Tensor, _Carry]:
         if index % 2:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -174,6 +175,10 @@ class StyleBased(Generator):
     def capture_w(self, layer: str | EditableLayer, w: Tensor) -> Activation:
         """`capture` for w, B x w_dim (W) or B x num_ws x w_dim (W+), as it is: not truncated."""
         return self._captured(layer, *self._begin_w(self._checked_w(w), render=True))
+
+    def captures_w(self, w: Tensor) -> Iterator[Activation]:
+        """`captures` for w, B x w_dim (W) or B x num_ws x w_dim (W+), as it is: not truncated."""
+        return self._captures(*self._begin_w(self._checked_w(w), render=True))
 
     def estimated_mean_latent(self) -> Tensor:
         """The mean of w (w_dim) over MEAN_SAMPLES seeded latents, for files that do not hold it."""

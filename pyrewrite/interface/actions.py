@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from ..edit import SETTING_NAMES
 from . import files, jobs
 from .document import Document, Mask, Region, described
-from .fields import Fields, checked_integer, checked_number, one_buffer
-from .pictures import sheet
+from .fields import Fields, NotYet, checked_integer, checked_number, one_buffer
+from .model import PICTURES_AT_ONCE
+from .pictures import resized, sheet
 from .state import RANGES
 
 if TYPE_CHECKING:
@@ -30,8 +31,11 @@ _READS: dict[str, Handler] = {}
 class Request:
     """One message with the session that it came to."""
 
-    def __init__(self, session: Session, client: Client, message: dict[str, Any], buffers: list[bytes]) -> None:
+    def __init__(
+        self, session: Session, client: Client, message: dict[str, Any], buffers: list[bytes], parts: dict[Any, Any]
+    ) -> None:
         self.session, self.client, self.buffers = session, client, buffers
+        self.parts = parts
         self.fields = Fields(message)
         self.id = message.get("id")
 
@@ -80,8 +84,11 @@ def _read(name: str) -> Callable[[Handler], Handler]:
     return register
 
 
-def answer(session: Session, client: Client, message: Any, buffers: list[bytes]) -> Reply:
-    """Do what a message says. Returns the reply, None where a job replies later. ValueError says what is wrong."""
+def answer(session: Session, client: Client, message: Any, buffers: list[bytes], parts: dict[Any, Any]) -> Reply:
+    """Do what a message says. Returns the reply, None where a job replies later. ValueError says what is wrong.
+
+    parts: kept with the message, for reads that raise NotYet.
+    """
     if not isinstance(message, dict):
         raise ValueError(f"a message is {type(message).__name__}; expected an object")
     kind = message.get("type")
@@ -94,7 +101,7 @@ def answer(session: Session, client: Client, message: Any, buffers: list[bytes])
         raise ValueError(f"{'action' if kind == 'do' else 'what'} is {name!r:.60}; expected one of {', '.join(table)}")
     if name in MOVES_STACK and kind == "do" and session.job is not None:
         raise ValueError(f"{session.job.label} is running: wait for it, or cancel it")
-    return table[name](Request(session, client, message, buffers))
+    return table[name](Request(session, client, message, buffers, parts))
 
 
 # -- pictures and masks ------------------------------------------------------------------------------------------------
@@ -421,7 +428,15 @@ def _pictures(r: Request) -> Reply:
     if weights not in names:
         raise ValueError(f"weights {weights!r:.40} are gone: expected edited, original or the hash of one of them")
     original = names[weights] == names["original"]
-    data, columns, media = sheet(session.model.pictures(numbers, r.document.latents, original), size)
+    # Of what is not kept, a few at a time: what is more urgent comes between.
+    drawn = r.parts.setdefault(names[weights], {})
+    while missing := [n for n in dict.fromkeys(numbers) if n not in drawn][:PICTURES_AT_ONCE]:
+        kept = session.model.has_pictures(missing, original)
+        pictures = session.model.pictures(missing, r.document.latents, original)
+        drawn.update((n, resized(p, size)) for n, p in zip(missing, pictures, strict=True))
+        if not kept and not drawn.keys() >= set(numbers):
+            raise NotYet
+    data, columns, media = sheet([drawn[n] for n in numbers], size)
     reply = {"numbers": numbers, "size": size, "columns": columns, "weights": names[weights], "media": media}
     return reply, [data]
 

@@ -11,6 +11,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}")
 MAX_TEXT = 4096
 
 
+class NotYet(Exception):
+    """A read that has done a part of its work: it is to be asked again, after what is more urgent."""
+
+
 class Fields:
     """The fields of one message. Each method takes one and raises ValueError where it is not of that kind; `end` raises
     for those that nothing has asked for.

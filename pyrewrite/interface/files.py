@@ -26,6 +26,7 @@ from ..rewriting import LowRankPatch, stack
 from . import jobs
 from .document import Brought, Document, StackedEdit
 from .fields import one_buffer
+from .model import PICTURES_AT_ONCE
 
 if TYPE_CHECKING:
     from .actions import Request
@@ -202,18 +203,30 @@ def _upload_latents(r: Request, name: str, data: bytes) -> dict[str, Any]:
 # -- downloads ---------------------------------------------------------------------------------------------------------
 
 
-def snapshot(r: Request) -> tuple[dict[str, Any], list[bytes]]:
-    r.plain()
-    return _file("before-after.png", "image/png", before_after(r.session))
-
-
-def before_after(session: Session) -> bytes:
+def snapshot(r: Request) -> None:
     """The strip's pictures before and after the active edits, as a PNG sheet."""
-    d, model = session.document, session.model
-    numbers = list(d.numbers)
+    r.plain()
+    session, document = r.session, r.document
+
+    def run(job: Job) -> tuple[dict[str, Any], list[bytes]]:
+        return _file("before-after.png", "image/png", before_after(session, document, job))
+
+    jobs.start(r, "snapshot", "Snapshot", run)
+
+
+def before_after(session: Session, d: Document, job: Job) -> bytes:
+    model, numbers = session.model, list(d.numbers)
     if not numbers:
         raise ValueError("the strip is empty")
-    rows = [_batch(model.pictures(numbers, d.latents, original)) for original in (True, False)]
+    job.steps = 2 * len(numbers)
+    rows = []
+    for original in (True, False):
+        pictures = []
+        for first in range(0, len(numbers), PICTURES_AT_ONCE):
+            pictures += model.pictures(numbers[first : first + PICTURES_AT_ONCE], d.latents, original)
+            job.step = len(rows) * len(numbers) + len(pictures)
+            session.breathe(job)
+        rows.append(_batch(pictures))
     labels = [d.brought[n].name if n in d.brought else str(n) for n in numbers]
     title = " + ".join(e.name for e in d.active)
     image = contact_sheet(rows, ["before", "after"], title=title, labels=labels, columns=min(12, len(numbers)))
@@ -231,13 +244,13 @@ def _file(name: str, media: str, data: bytes) -> tuple[dict[str, Any], list[byte
     return {"filename": name, "media": media}, [data]
 
 
-def download(r: Request) -> tuple[dict[str, Any], list[bytes]]:
+def download(r: Request) -> tuple[dict[str, Any], list[bytes]] | None:
     kind = r.fields.choice("kind", ("patch", "edit", "checkpoint", "sheet"))
     chosen = r.fields.integer("edit", 1, 1 << 31) if "edit" in r.fields else None
     r.plain()
     session, d = r.session, r.document
     if kind == "sheet":
-        return _file("before-after.png", "image/png", before_after(session))
+        return snapshot(r)
     if kind == "edit":
         record = d.record("edit", session.identity, session.images).to_dict()
         if chosen is not None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..edit import Edit
 from ..rewriting import LowRankPatch, context_directions
-from ..rewriting.targets import context_examples
-from ..statistics.search import DirectionScan, match, scan_direction
+from ..rewriting.targets import CAPTURE_BATCH, context_examples
+from ..statistics.search import DirectionScan, match
 from .document import Document, Mask, StackedEdit, described
 from .fields import checked_number
 from .hints import layer_hints
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .session import Job, Session
 
 KEPT_SCANS = 4
+KEPT_HINTS = 16
 
 
 def start(r: Request, kind: str, label: str, run: Any) -> None:
@@ -46,7 +47,11 @@ def execute(r: Request) -> None:
         session.ensure_statistics(document.layer, job, quantiles=document.settings.key_method == "gandissect")
         rewriter = session.model.rewriter(document.layer)
         job.step, job.steps = 0, document.settings.steps
-        captured = session.model.captured(document.layer, rewriter.images_of(record), document.latents)
+        numbers = rewriter.images_of(record)
+        for first in range(0, len(numbers), CAPTURE_BATCH):  # a long context is not one long step
+            session.model.activations(document.layer, numbers[first : first + CAPTURE_BATCH], document.latents)
+            session.breathe(job)
+        captured = session.model.captured(document.layer, numbers, document.latents)
         patch = rewriter.solve(record, progress=progress_of(session, job), captured=captured)
         return _finish(session, document, record, patch, "execute")
 
@@ -158,10 +163,7 @@ def _scan(session: Session, document: Document, key: Any, job: Job) -> Direction
             job.step, job.steps = done, of
             session.breathe(job)
 
-        scan = scan_direction(
-            session.model.generator, document.layer, direction, samples=session.model.samples,
-            seed=session.model.seed, batch_size=4, progress=progress,
-        )  # fmt: skip
+        scan = session.model.scan(document.layer, direction, progress)
         while len(session.scans) >= KEPT_SCANS:
             del session.scans[next(iter(session.scans))]
         session.scans[key] = scan, direction
@@ -242,18 +244,27 @@ def click(r: Request, image: int, y: int, x: int, alike: float, add: bool) -> di
     return None
 
 
-def hint(r: Request) -> None:
-    """Which layer fits what is selected."""
+def hint(r: Request) -> dict[str, Any] | None:
+    """Which layer fits what is selected; at once where that has been asked before."""
     r.plain()
     session, document = r.session, r.document
     if document.object is None or not (document.paste or document.context):
         raise ValueError("copy an object and paste it somewhere first")
+    # Neither the layer that is chosen nor the strip has a part in it.
+    key = session.live.depends_on(document.replace(layer="", numbers=(), strength=1.0))
+    if key in session.hints:
+        return {"layers": session.hints[key]}
 
     def run(job: Job) -> dict[str, Any]:
         def progress(done: int, of: int) -> None:
             job.step, job.steps = done, of
             session.breathe(job)
 
-        return {"layers": layer_hints(session.model, document, progress)}
+        found = layer_hints(session.model, document, progress)
+        while len(session.hints) >= KEPT_HINTS:
+            del session.hints[next(iter(session.hints))]
+        session.hints[key] = found
+        return {"layers": found}
 
     start(r, "hint", "Layer hint", run)
+    return None

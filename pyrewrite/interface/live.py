@@ -60,21 +60,19 @@ class Live:
         numbers = dict.fromkeys((*document.numbers, *range(min(self.model.samples, 4 * ROW + len(used)))))
         return [n for n in numbers if n not in used and n not in document.latents][:ROW]
 
-    def request(self, document: Document, idle: bool) -> None:
+    def request(self, document: Document) -> None:
         """Show the preview of this document; what was being shown of another one is dropped.
 
-        idle: whether no job is running. During one there are no previews, nor of an edit that is applied as it is: it
-        would be shown twice over.
+        There is none of an edit that is applied as it is: it would be shown twice over.
         """
         self.solved = any(e.active and _is_record_of(document, e.record) for e in document.edits)
         ready = (
-            idle
-            and not self.solved
+            not self.solved
             and document.object is not None
             and (document.paste is not None or document.context)
             and self.model.has_statistics(document.layer)
         )
-        wanted = self._depends_on(document) if ready else None
+        wanted = self.depends_on(document) if ready else None
         if wanted == self._wanted:
             return
         self._wanted, self._document, self._update = wanted, document, None
@@ -86,12 +84,13 @@ class Live:
         else:
             self.error = self.note = None
 
-    def _depends_on(self, d: Document) -> Any:
-        regions = [(r.image, r.mask.hash) if r else None for r in (d.object, d.paste)]
-        lists = [tuple((r.image, r.mask.hash) for r in rs) for rs in (d.context, d.protect)]
+    def depends_on(self, d: Document) -> Any:
+        """All that an edit of this document and its previews come from; hashable."""
+        regions = tuple((r.image, r.mask.hash) if r else None for r in (d.object, d.paste))
+        lists = tuple(tuple((r.image, r.mask.hash) for r in rs) for rs in (d.context, d.protect))
         return (
             regions, lists, tuple(sorted((n, p.dy, p.dx, p.on) for n, p in d.places.items())), d.layer, d.settings,
-            d.strength, self.row(d), self.model.weights(),
+            d.strength, tuple(self.row(d)), self.model.weights(),
         )  # fmt: skip
 
     def _numbers(self, stage: str) -> list[int]:

@@ -16,19 +16,22 @@ from torch import Tensor
 from ..generators import Activation, Generator
 from ..rewriting import LayerUpdate, LowRankPatch, PatchSet, Rewriter, set_patches
 from ..rewriting.targets import CAPTURE_BATCH, Captured, activations, captured_from
-from ..statistics import LayerStatistics, collect
+from ..statistics import LayerStatistics, SecondMoment, collect
+from ..statistics.collect import batch_size_by_memory
+from ..statistics.search import DirectionScan, KeptKeys, scan_direction
 from .document import StackedEdit
 from .pictures import BoundedCache, to_pixels
 
 STATISTICS_BATCH = 4  # images between two chances to answer a message
+JOB_BATCH = 16  # the same while somebody waits for the pass: it takes half the time
 PICTURES_AT_ONCE = 8
 
 
 class Model:
     """A generator, its active edits, and what is kept about it.
 
-    samples, seed: of the statistics and of the numbered pictures. activation_bytes, picture_bytes: the most that is
-    kept of each.
+    samples, seed: of the statistics and of the numbered pictures. activation_bytes, picture_bytes, key_bytes: the most
+    that is kept of each.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Model:
         *,
         activation_bytes: int = 512 << 20,
         picture_bytes: int = 256 << 20,
+        key_bytes: int = 512 << 20,
     ) -> None:
         self.generator = generator
         self.samples, self.seed = samples, seed
@@ -48,9 +52,13 @@ class Model:
         self._edits: tuple[StackedEdit, ...] = ()
         self._statistics: dict[tuple[str, str], LayerStatistics] = {}
         self._rewriters: dict[tuple[str, str], Rewriter] = {}
+        self._quick: dict[tuple[str, str], Rewriter] = {}  # with rough statistics
+        self._quick_sums: dict[str, SecondMoment] = {}  # of those that are being collected
         self._activations: BoundedCache[Activation] = BoundedCache(activation_bytes)
         self._captured: tuple[object, Captured] | None = None
         self._pictures: BoundedCache[np.ndarray] = BoundedCache(picture_bytes)
+        self._key_bytes = key_bytes
+        self._keys: tuple[tuple[str, str], KeptKeys] | None = None  # of one layer
         self._order = {name: i for i, name in enumerate(generator.layers)}
 
     # -- weights -----------------------------------------------------------------------------------------------------
@@ -103,27 +111,100 @@ class Model:
     def has_statistics(self, layer: str) -> bool:
         return self._statistics_key(layer) in self._statistics
 
-    def collect(self, layer: str, progress: Callable[[int, int], None], quantiles: bool = False) -> None:
+    def collect(
+        self, layer: str, progress: Callable[[int, int], None], quantiles: bool = False, batch: int = STATISTICS_BATCH
+    ) -> None:
         """Collect the layer's statistics, or read them from the cache. What `progress` raises ends it without trace."""
         key = self._statistics_key(layer)
         known = self._statistics.get(key)
         if known is not None and (known.quantiles is not None or not quantiles):
             return
+        kept = self._keeper(layer)
         self._statistics[key] = collect(
             self.generator, layer, samples=self.samples, seed=self.seed, cache_dir=self._cache_dir,
-            batch_size=STATISTICS_BATCH, quantiles=quantiles, progress=progress,
+            batch_size=self._batch(layer, batch), quantiles=quantiles, progress=progress, keep=kept and kept.add,
         )  # fmt: skip
         self._rewriters.pop(key, None)
+        self._keep(layer, kept)
+
+    def scan(self, layer: str, direction: Tensor, progress: Callable[[int, int], None]) -> DirectionScan:
+        """How a direction (I) fires on all pictures: from the layer's keys where they are kept, else in a pass that
+        keeps them.
+        """
+        if self._keys is not None and self._keys[0] == self._statistics_key(layer):
+            return self._keys[1].scan(direction, progress)
+        kept = self._keeper(layer)
+        found = scan_direction(
+            self.generator, layer, direction, samples=self.samples, seed=self.seed,
+            batch_size=self._batch(layer, JOB_BATCH), progress=progress, keep=kept and kept.add,
+        )  # fmt: skip
+        self._keep(layer, kept)
+        return found
+
+    def _batch(self, layer: str, most: int) -> int:
+        fits = batch_size_by_memory(self.generator, layer)
+        return min(most, fits) if self.generator.device.type == "cpu" else fits
+
+    def _keeper(self, layer: str) -> KeptKeys | None:
+        """None where the keys would take too much, and on a GPU, where a pass is quick."""
+        takes = KeptKeys.bytes_of(self.generator.layers[layer], self.samples)
+        if takes > self._key_bytes or self.generator.device.type != "cpu":
+            return None
+        self._keys = None  # before the next ones are made
+        return KeptKeys()
+
+    def _keep(self, layer: str, kept: KeptKeys | None) -> None:
+        if kept is not None and kept.images == self.samples:
+            self._keys = self._statistics_key(layer), kept
 
     def rewriter(self, layer: str) -> Rewriter:
         """The layer's Rewriter; its statistics must be there."""
         key = self._statistics_key(layer)
         if key not in self._rewriters:
-            self._rewriters[key] = Rewriter(
-                self.generator, layer, samples=self.samples, seed=self.seed, cache_dir=False,
-                statistics=self._statistics[key], follow=False, warn=False,
-            )  # fmt: skip
+            self._rewriters[key] = self._rewriter_of(layer, self._statistics[key])
         return self._rewriters[key]
+
+    def quick_batches(self, samples: int) -> int:
+        """How often `collect_quickly` has to be called before every layer has a `quick_rewriter`."""
+        return 0 if not self._lacking_quick() else -(-min(samples, self.samples) // self._quick_batch())
+
+    def collect_quickly(self, samples: int, batch: int) -> None:
+        """One batch of images for rough statistics of all layers at once; batch: from 0 to `quick_batches` - 1."""
+        lacking, size = self._lacking_quick(), self._quick_batch()
+        if batch == 0:
+            self._quick_sums = {
+                layer: SecondMoment(self.generator.layers[layer].in_channels, device=self.generator.device)
+                for layer in lacking
+            }
+        last = min(samples, self.samples)
+        numbers = range(batch * size, min(last, (batch + 1) * size))
+        with torch.no_grad():
+            parts = self.generator.captures(self.generator.latents(numbers, self.seed))
+            for layer, part in zip(self.generator.layers, parts, strict=True):
+                if layer in self._quick_sums:
+                    self._quick_sums[layer].add(part.key)
+        if numbers.stop == last:
+            for layer, moment in self._quick_sums.items():
+                statistics = LayerStatistics(moment, None, last, self.seed, False, 0.0, size)
+                self._quick[self._statistics_key(layer)] = self._rewriter_of(layer, statistics)
+            self._quick_sums = {}
+
+    def quick_rewriter(self, layer: str) -> Rewriter:
+        """The layer's Rewriter, or one with the rough statistics that must be there then."""
+        return self.rewriter(layer) if self.has_statistics(layer) else self._quick[self._statistics_key(layer)]
+
+    def _lacking_quick(self) -> list[str]:
+        layers = self.generator.layers
+        return [n for n in layers if not self.has_statistics(n) and self._statistics_key(n) not in self._quick]
+
+    def _quick_batch(self) -> int:
+        return min(STATISTICS_BATCH, *(batch_size_by_memory(self.generator, n) for n in self.generator.layers))
+
+    def _rewriter_of(self, layer: str, statistics: LayerStatistics) -> Rewriter:
+        return Rewriter(
+            self.generator, layer, samples=self.samples, seed=self.seed, cache_dir=False, statistics=statistics,
+            follow=False, warn=False,
+        )  # fmt: skip
 
     # -- activations -------------------------------------------------------------------------------------------------
 
@@ -154,6 +235,23 @@ class Model:
             self._captured = None  # before the next ones are made: they may be large
             self._captured = key, captured_from(layer, distinct, self.activations(layer, distinct, latents))
         return self._captured[1]
+
+    def every_layer(
+        self, numbers: Sequence[int], latents: Mapping[int, Tensor]
+    ) -> Iterator[tuple[str, dict[int, Activation]]]:
+        """For each layer the activations of the pictures by number, each a batch of one. The pictures run once.
+
+        What is edited while this waits has to be as before when it goes on.
+        """
+        g = self.generator
+        numbered = [n for n in dict.fromkeys(numbers) if n not in latents]
+        brought = [n for n in dict.fromkeys(numbers) if n in latents]
+        runs = [g.captures(g.latents(numbered, self.seed))] if numbered else []
+        runs += [g.captures_w(latents[n][None]) for n in brought]
+        for layer in g.layers:
+            with torch.no_grad():
+                rows = [row for run in runs for row in g.rows_of(next(run))]
+            yield layer, dict(zip([*numbered, *brought], rows, strict=True))
 
     # -- pictures ----------------------------------------------------------------------------------------------------
 

@@ -22,14 +22,16 @@ from ..edit import Settings
 from ..generators import Generator
 from . import actions, jobs, state
 from .document import Document, History
+from .fields import NotYet
 from .live import Live
-from .model import Model
+from .model import JOB_BATCH, STATISTICS_BATCH, Model
 
 Callback = Callable[[dict[str, Any], list[bytes]], object]
 Reply = tuple[dict[str, Any], list[bytes]]
 
 PROGRESS_SECONDS = 0.15  # between two progress messages
 BREATH_SECONDS = 0.3  # a long job is kept waiting so long at most, by one breath
+READ_ONLY = ("hint", "snapshot")  # jobs that need no full statistics and leave document and weights alone
 FIRST_PICTURES = 32  # of the strip, drawn before anybody asks: a browser takes its time to open
 AHEAD = 8  # of them at once: a message waits so long at most
 MERGE_SECONDS = 1.5  # changes of one slider that follow each other as fast are one step of undo
@@ -82,6 +84,7 @@ class Incoming:
     client: Client
     message: dict[str, Any]
     buffers: list[bytes] = field(default_factory=list)
+    parts: dict[Any, Any] = field(default_factory=dict)  # of the answer to a long read, see NotYet
 
 
 class Session:
@@ -117,9 +120,11 @@ class Session:
         self.job: Job | None = None
         self.collecting: Collecting | None = None
         self.scans: dict[Any, Any] = {}  # of `actions.scan`: how one direction fires on every picture
+        self.hints: dict[Any, list[dict[str, Any]]] = {}  # of `jobs.hint`, by what they depend on
         self.next_edit = 1
         self._ahead = list(numbers[:FIRST_PICTURES])
         self._failed_statistics: dict[str, str] = {}
+        self._unwanted: str | None = None  # statistics that were cancelled, until the document changes
         self._last_merge = 0.0
         self._last_progress = 0.0
         self._revision = 0
@@ -266,6 +271,7 @@ class Session:
         self._last_merge = now
         self.model.set_edits(document.active)
         self.history.push(label, document, merge)
+        self._unwanted = None
         self.touch()
 
     def step_back(self) -> None:
@@ -281,7 +287,7 @@ class Session:
     def touch(self) -> None:
         """The state has changed: tell the front ends, and renew the live preview where it is concerned."""
         self._dirty = True
-        self.live.request(self.document, self.job is None)
+        self.live.request(self.document)
 
     # -- the worker --------------------------------------------------------------------------------------------------
 
@@ -324,23 +330,35 @@ class Session:
 
     def _step(self) -> None:
         """One piece of work, the most urgent first."""
-        if self._answer_one():
+        if self._serve(waiting := self.job is not None and not self.job.started):
             return
-        if self._dirty:
-            self._push_state()
-        elif self.live.pending and self.live.urgent:
-            self._preview()
-        elif self._read_one():
-            return
-        elif self.job and not self.job.started:
+        if waiting:
             self._run_job(self.job)
-        elif self.live.pending:
-            self._preview()
         elif self._ahead:
             batch, self._ahead = self._ahead[:AHEAD], self._ahead[AHEAD:]
             self.model.pictures(batch, {}, original=True)
         elif (layer := self._statistics_wanted()) is not None:
             self._collect_in_background(layer)
+
+    def _serve(self, job_waits: bool = False) -> bool:
+        """Something that somebody waits for, alone or between two steps of a job; False where there is nothing.
+
+        A preview writes into the weights and puts the same bits back before it returns: a job that this interrupts
+        does not see it. job_waits: only the preview that a stroke waits for comes before the job.
+        """
+        if self._answer_one():
+            return True
+        if self._dirty:
+            self._push_state()
+        elif self.live.pending and self.live.urgent:
+            self._preview()
+        elif self._read_one():
+            return True
+        elif self.live.pending and not job_waits:
+            self._preview()
+        else:
+            return False
+        return True
 
     def _answer_one(self) -> bool:
         with self._wake:
@@ -353,14 +371,21 @@ class Session:
         with self._wake:
             incoming = self._reads.popleft() if self._reads else None
         if incoming is not None:
-            self._answer(incoming)
+            try:
+                self._answer(incoming)
+            except NotYet:
+                with self._wake:
+                    if incoming.client in self._clients:
+                        self._reads.appendleft(incoming)
         return incoming is not None
 
     def _answer(self, incoming: Incoming) -> None:
         message = incoming.message if isinstance(incoming.message, dict) else {}
         identity = message.get("id") if isinstance(message.get("id"), (int, str)) else None
         try:
-            result = actions.answer(self, incoming.client, incoming.message, incoming.buffers)
+            result = actions.answer(self, incoming.client, incoming.message, incoming.buffers, incoming.parts)
+        except NotYet:
+            raise
         except Exception as error:
             self._reply_error(incoming, identity, message.get("action") or message.get("what"), error)
             return
@@ -386,10 +411,16 @@ class Session:
         self.touch()
 
     def cancel(self) -> None:
-        """End the job, at its next step at the latest. ValueError when there is none."""
+        """End the job, at its next step at the latest; without one the statistics, until something is changed that
+        needs them. ValueError when nothing is running.
+        """
         job = self.job
         if job is None:
-            raise ValueError("nothing is running that could be cancelled")
+            if self.collecting is None:
+                raise ValueError("nothing is running that could be cancelled")
+            self._unwanted = self._failure_key(self.collecting.layer)
+            self.touch()
+            return
         job.cancelled = True
         if not job.started:
             self.job = None
@@ -418,12 +449,10 @@ class Session:
         """Between two steps of long work: answer what has come in. Raises Cancelled where the work is to end."""
         deadline = time.monotonic() + BREATH_SECONDS
         while not self._closed and not (job and job.cancelled) and time.monotonic() < deadline:
-            if self._answer_one():
-                continue
-            if self._dirty:
-                self._push_state()
-            elif not self._read_one():
+            if not self._serve():
                 break
+        if job is None and self.job is not None and self.job.kind in READ_ONLY and not self.job.started:
+            self._run_job(self.job)  # not after statistics that it does not need
         if self._closed or (job and job.cancelled):
             raise Cancelled(f"{job.label}: cancelled" if job else "the session is closed")
         now = time.monotonic()
@@ -444,7 +473,8 @@ class Session:
         document = self.document
         if not (document.painted or document.object or document.paste or document.context):
             return None
-        if self.model.has_statistics(document.layer) or self._failure_key(document.layer) in self._failed_statistics:
+        key = self._failure_key(document.layer)
+        if self.model.has_statistics(document.layer) or key in self._failed_statistics or key == self._unwanted:
             return None
         return document.layer
 
@@ -454,17 +484,24 @@ class Session:
     def ensure_statistics(self, layer: str, job: Job | None = None, quantiles: bool = False) -> None:
         """Collect the layer's statistics where they are not there yet, breathing."""
         self.collecting = Collecting(layer)
+        self._dirty = True  # now there is something to cancel
+        begun = self._failure_key(layer)
+
+        def go_on() -> None:
+            # The stack may move while nobody waits for the pass: half of its keys would be those of other weights.
+            if job is None and (self._statistics_wanted() != layer or self._failure_key(layer) != begun):
+                raise Cancelled("the statistics are not needed any more")
 
         def progress(done: int, of: int) -> None:
             self.collecting = Collecting(layer, done, of)
             if job is not None:
                 job.step, job.steps, job.loss = done, of, None
-            elif self._statistics_wanted() != layer:
-                raise Cancelled("the statistics are not needed any more")
+            go_on()
             self.breathe(job)
+            go_on()
 
         try:
-            self.model.collect(layer, progress, quantiles)
+            self.model.collect(layer, progress, quantiles, JOB_BATCH if job is not None else STATISTICS_BATCH)
         finally:
             self.collecting = None
         self.touch()
@@ -480,7 +517,13 @@ class Session:
             self.touch()
 
     def _preview(self) -> None:
-        for message, buffers in self.live.step():
+        try:
+            messages = self.live.step()
+        except Exception as error:  # a job that waits for this goes on
+            _log.exception("a preview")
+            self.notice("error", f"preview: {type(error).__name__}: {error}")
+            return
+        for message, buffers in messages:
             message = {"type": "preview", "revision": self._revision, "weights": self.model.weights(), **message}
             self._previews[message["kind"]] = message, buffers
             self.broadcast(message, buffers)

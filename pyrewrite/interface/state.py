@@ -190,7 +190,7 @@ def can(session: Session) -> dict[str, bool | str]:
         "execute": busy or thing or target,
         "erase": busy or context,
         "hint": busy or thing or target,
-        "cancel": None if session.job else "nothing is running",
+        "cancel": None if session.job or session.collecting else "nothing is running",
         "stack": busy or (None if d.edits else "there are no edits"),
         "revert": busy or (None if d.edits else "there are no edits"),
         "undo": busy or (None if session.history.undo_label else "there is nothing to undo"),
@@ -201,6 +201,6 @@ def can(session: Session) -> dict[str, bool | str]:
         "gallery": busy,
         "save": None if d.object or d.paste or d.context or d.query else "there is nothing to save yet",
         "download": None if d.edits else "execute an edit first",
-        "snapshot": None,
+        "snapshot": busy,
     }
     return {name: reason or True for name, reason in reasons.items()}

@@ -204,7 +204,7 @@ class LowRankPatch:
             tensors = safetensors.torch.load(data)
             metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
-            raise PatchError(f"{source}: not a .safetensors file, or cut off ({error})") from error
+            raise PatchError(f"{source}: not a .safetensors file, or cut off ({error!s:.200})") from error
         if metadata.get("format") != FORMAT:
             raise PatchError(f"{source}: a .safetensors file, but not a patch (metadata 'format' is not {FORMAT!r})")
         if metadata.get("version") != FORMAT_VERSION:
@@ -214,11 +214,21 @@ class LowRankPatch:
         try:
             layers = json.loads(metadata["layers"])
             fields = {k: json.loads(metadata.get(k, "null")) for k in ("generator", "settings", "report")}
+            if not isinstance(layers, list) or not all(isinstance(n, str) for n in layers):
+                raise PatchError(f"layers are {layers!r:.60}; expected a list of names")
+            for name, value in fields.items():
+                if value is not None and not isinstance(value, dict):
+                    raise PatchError(f"{name} is {value!r:.60}; expected an object or null")
+            if not all(isinstance(value, str) for value in (fields["generator"] or {}).values()):
+                raise PatchError(f"generator is {fields['generator']!r:.60}; expected its family and its hash")
+            strength = (fields["settings"] or {}).get("strength", 1.0)
+            if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+                raise PatchError(f"strength is {strength!r:.60}; expected a number")
             updates = [LayerUpdate(n, tensors[f"{n}.direction"], tensors[f"{n}.lambda"]) for n in layers]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise PatchError(f"{source}: damaged metadata or factors missing ({error})") from error
         except PatchError as error:
             raise PatchError(f"{source}: {error}") from error
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise PatchError(f"{source}: damaged metadata or factors missing ({error!s:.200})") from error
         return cls(updates, name=metadata.get("name") or None, **fields)
 
 

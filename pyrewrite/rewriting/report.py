@@ -66,7 +66,7 @@ class Report:
                     f"{what} has {len(strays)} stray regions ({sum(strays)} pixels): they steer the edit too"
                 )
         for text in self.warnings if warn else ():
-            warnings.warn(text, EditWarning, stacklevel=3)
+            warnings.warn(text, EditWarning, stacklevel=4)  # where Rewriter's solve, erase or zero was called
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -162,8 +162,7 @@ class Rewriter:
         patch.name = " + ".join(e.name or "edit" for e in edits)
         for e in edits:
             patch.report.islands.update(_islands(e))
-        patch.report.judge(warn=self.warn)
-        return patch
+        return self._judged(patch, edits)
 
     def erase(
         self,
@@ -217,8 +216,7 @@ class Rewriter:
         patch = self._insert(targets, captured, direction, settings, clock, progress, impl, [edit])
         patch.name = edit.name
         patch.settings["units"] = units
-        patch.report.judge(warn=self.warn)
-        return patch
+        return self._judged(patch, [edit])
 
     def zero(self, edit: Edit, **overrides) -> LowRankPatch:
         """The closed form of a removal: Delta W = -P_D W, the layer no longer answers to the context's directions."""
@@ -236,7 +234,7 @@ class Rewriter:
             layer=self.layer, method="zero", rank=len(direction), steps=0, loss_before=0.0, loss_after=0.0,
             loss_shown=None, context_changed=1.0, relative_size=relative, targets=[], seconds=clock.seconds,
         )  # fmt: skip
-        return patch
+        return self._judged(patch, [edit])
 
     def search(self, edit: Edit, k: int = 12, samples: int | None = None) -> list[tuple[int, float]]:
         """The k images whose keys answer most to the edit's context: (image number, score), best first.
@@ -341,8 +339,8 @@ class Rewriter:
             raise EditError(
                 f"setting 'seed': the record's image numbers belong to seed {seed}, the Rewriter's is {self.seed}"
             )
-        here = self.generator.settings()
-        if edit.images is not None and edit.images != here and {"label": 0, **edit.images} != {"label": 0, **here}:
+        if edit.images is not None and not self.generator.has_settings(edit.images):
+            here = self.generator.settings()
             said, is_ = (", ".join(f"{n} {v}" for n, v in what.items()) or "defaults" for what in (edit.images, here))
             raise EditError(
                 f"field 'images': the record's pictures were made with {said}, the generator is set to {is_}: "
@@ -469,6 +467,18 @@ class Rewriter:
             settings={name: getattr(settings, name) for name in settings.__dataclass_fields__}
             | self.generator.settings(),
         )
+
+    def _judged(self, patch: LowRankPatch, edits: Sequence[Edit]) -> LowRankPatch:
+        """The report's warnings, with one where the record's image numbers mean pictures of another generator."""
+        here = patch.generator["hash"]
+        for e in edits:
+            if (made_for := (e.generator or {}).get("hash", here)) != here:
+                patch.report.warnings.append(
+                    f"{e.name or 'the record'} was made on another generator ({made_for[:12]}..., not {here[:12]}...): "
+                    "its numbers are other pictures here"
+                )
+        patch.report.judge(warn=self.warn)
+        return patch
 
     def _measure(
         self,

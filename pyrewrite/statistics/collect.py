@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LATENTS = 8192  # drawn at once
 Progress = Callable[[int, int], object]  # (images done, images in all)
+Keep = Callable[[int, Tensor], object]  # (number of the first image, keys B x I x h x w)
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,15 @@ def collect(
     quantiles: bool = False,
     precision: str = "fp32",
     progress: Progress | bool | None = None,
+    keep: Keep | None = None,
 ) -> LayerStatistics:
     """The statistics of all key pixels of images 0 to samples - 1 of a seed, at one layer.
 
     batch_size: images at a time; by default what fits in memory. It changes the result by rounding only, and is halved
     with a RuntimeWarning where memory runs out. cache_dir: None for the default folder (`cache.default_folder`), False
     for no cache. quantiles: also those of every channel. precision: "fp32" or "tf32", of the products.
-    progress: True for a bar on standard error, or a function of (images done, images in all).
+    progress: True for a bar on standard error, or a function of (images done, images in all). keep: gets (number of
+    the first image, keys) of every batch, unless the statistics come from the cache.
 
     The cache file belongs to exactly these weights, layer, truncation, samples, seed and precision. One that is damaged
     or says that it belongs to something else is computed again, with a RuntimeWarning.
@@ -90,6 +93,8 @@ def collect(
         moment.add(keys)
         if sketch is not None:
             sketch.add(keys)
+        if keep is not None:
+            keep(first, keys)
 
     (moment, sketch), used = scan_keys(
         generator, layer, begin, add, samples=samples, seed=seed, batch_size=batch_size, progress=progress

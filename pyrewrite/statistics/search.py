@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pyrewrite.errors import NonFiniteError
-from pyrewrite.statistics.collect import Progress, check_count, scan_keys
+from pyrewrite.statistics.collect import Keep, Progress, check_count, key_pixels, report, scan_keys
 from pyrewrite.statistics.quantiles import UnitQuantiles
 
 if TYPE_CHECKING:
-    from pyrewrite.generators.base import Generator
+    from pyrewrite.generators.base import EditableLayer, Generator
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,61 @@ class DirectionScan:
         return float(self.quantiles.quantile(quantile))
 
 
+class KeptKeys:
+    """The keys of a pass over images 0 to n - 1, in half precision: another direction is scanned without running them.
+
+    add: what a pass hands out batch after batch (`keep` of `scan_direction` and `collect`). Values are kept as float16
+    parts of the largest one of their batch: a score is off by about 1e-4 of itself.
+    """
+
+    def __init__(self) -> None:
+        self.images = 0
+        self._parts: list[tuple[Tensor, float]] = []  # B x I x h x w float16, what one is worth
+
+    @staticmethod
+    def bytes_of(layer: EditableLayer, images: int) -> int:
+        """What the keys of so many images take."""
+        return 2 * images * layer.in_channels * key_pixels(layer)
+
+    def add(self, first: int, keys: Tensor) -> None:
+        """keys: B x I x h x w, of image number `first` on. Image 0 begins again."""
+        if first == 0:
+            self.images, self._parts = 0, []
+        unit = float(keys.abs().amax()) or 1.0
+        self._parts.append(((keys.detach() / unit).to("cpu", torch.float16), unit))
+        self.images += len(keys)
+
+    def scan(self, direction: Tensor, progress: Progress | bool | None = None) -> DirectionScan:
+        """`scan_direction` of the images whose keys are kept."""
+        if not self._parts:
+            raise ValueError("no keys have been kept yet")
+        direction = _checked_direction(direction, self._parts[0][0].shape[1]).cpu()
+        scanning, done = _Scanning(torch.device("cpu")), 0
+        with report(progress, self.images, "kept keys") as advance:
+            for part, unit in self._parts:
+                scanning.add(unit * match(part, direction))
+                done += len(part)
+                advance(done)
+        return scanning.result()
+
+
+class _Scanning:
+    """A DirectionScan in the making."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.scores: list[Tensor] = []
+        # One unit only: it can afford to be exact for far longer.
+        self.quantiles = UnitQuantiles(1, resolution=1 << 18, device=device)
+
+    def add(self, matches: Tensor) -> None:
+        """matches: B x h x w."""
+        self.scores.append(matches.flatten(1).amax(1))
+        self.quantiles.add(matches.unsqueeze(1))
+
+    def result(self) -> DirectionScan:
+        return DirectionScan(torch.cat(self.scores).cpu(), self.quantiles)
+
+
 def scan_direction(
     generator: Generator,
     layer: str,
@@ -50,26 +105,25 @@ def scan_direction(
     seed: int = 1,
     batch_size: int | None = None,
     progress: Progress | bool | None = None,
+    keep: Keep | None = None,
 ) -> DirectionScan:
     """Run images 0 to samples - 1 up to a layer and score them with a direction (I, or 1 x I).
 
+    keep: gets (number of the first image, keys) of every batch, as KeptKeys.add does.
     ValueError for another length, NonFiniteError for NaN in the direction or the activations.
     """
     direction = _checked_direction(direction, generator.layers[layer].in_channels).to(generator.device)
 
-    def begin() -> tuple[list[Tensor], UnitQuantiles]:
-        # One unit only: it can afford to be exact for far longer.
-        return [], UnitQuantiles(1, resolution=1 << 18, device=generator.device)
+    def add(scanning: _Scanning, first: int, keys: Tensor) -> None:
+        scanning.add(match(keys, direction))
+        if keep is not None:
+            keep(first, keys)
 
-    def add(state: tuple[list[Tensor], UnitQuantiles], first: int, keys: Tensor) -> None:
-        matches = match(keys, direction)  # B x h x w
-        state[0].append(matches.flatten(1).amax(1))
-        state[1].add(matches.unsqueeze(1))
-
-    (scores, quantiles), _ = scan_keys(
-        generator, layer, begin, add, samples=samples, seed=seed, batch_size=batch_size, progress=progress
-    )
-    return DirectionScan(torch.cat(scores).cpu(), quantiles)
+    scanning, _ = scan_keys(
+        generator, layer, lambda: _Scanning(generator.device), add,
+        samples=samples, seed=seed, batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    return scanning.result()
 
 
 def top_images(

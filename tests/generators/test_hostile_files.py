@@ -15,40 +15,13 @@ import numpy as np
 import nvidia_reference as nvidia
 import pytest
 import torch
+from pickle_pieces import call, claim, dotted, legacy, name, pickled, storage_bytes, stored, text
 
 from pyrewrite.errors import CheckpointError
 from pyrewrite.generators import load_generator
 from pyrewrite.generators.loading._pickle_machine import Named, PickleMachine, PickleRefused
 
 pytestmark = pytest.mark.usefixtures("bounds")
-
-
-# -- the pieces of pickles, by hand ------------------------------------------------------------------------------------
-
-
-def text(value):
-    data = value.encode()
-    return b"X" + struct.pack("<I", len(data)) + data
-
-
-def stored(data):
-    return b"B" + struct.pack("<I", len(data)) + data
-
-
-def name(module, attribute):
-    return f"c{module}\n{attribute}\n".encode()
-
-
-def dotted(module, attribute):
-    return text(module) + text(attribute) + b"\x93"
-
-
-def pickled(body):
-    return b"\x80\x04" + body + b"."
-
-
-def call(function, *args):
-    return function + b"(" + b"".join(args) + b"tR"
 
 
 def generator_with(body):
@@ -184,26 +157,6 @@ def test_nothing_of_a_class_is_run(refused, sentinel):
 
 
 # -- payloads within payloads ------------------------------------------------------------------------------------------
-
-
-def storage_bytes(numbers=4):
-    return legacy(claim(numbers), data=struct.pack("<q", numbers) + bytes(4 * numbers))
-
-
-KEYS = b"]" + text("1") + b"a"
-FOUR_NUMBERS = struct.pack("<q", 4) + bytes(16)
-
-
-def legacy(body, keys=KEYS, data=FOUR_NUMBERS):
-    """A torch file as before 1.6, with `body` for its content."""
-    head = [pickle.dumps(number, 2) for number in (0x1950A86A20F9469CFC6C, 1001)]
-    system = pickle.dumps({"protocol_version": 1001, "little_endian": True, "type_sizes": {}}, 2)
-    return b"".join([*head, system, b"\x80\x02" + body + b".", b"\x80\x02" + keys + b".", data])
-
-
-def claim(count=4, kind="FloatStorage", module="torch"):
-    size = b"J" + struct.pack("<i", count) if count < 2**31 else b"\x8a\x08" + struct.pack("<q", count)
-    return b"(" + text("storage") + name(module, kind) + text("1") + text("cpu") + size + b"NtQ"
 
 
 def test_nested_payloads(refused, sentinel):

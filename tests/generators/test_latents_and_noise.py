@@ -239,3 +239,5 @@ def test_a_solve_refuses_pictures_of_other_settings(tmp_path):
         rewriter.solve(edit, **quick)
     generator.apply_settings({})
     assert "noise" not in rewriter.solve(edit, **quick).settings
+    edit.images = {"label": 0, "noise": "fixed"}  # the defaults, said
+    rewriter.solve(edit, **quick)

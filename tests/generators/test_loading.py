@@ -233,6 +233,8 @@ def zip_archive():
         (b"some words about a generator\n" * 500, "text file"),
         (b'{"object": [1, 2]}', "JSON"),
         (b"<!DOCTYPE html><html>404</html>", "web page"),
+        (b"\xef\xbb\xbf\n<!-- x --><html><body>404", "web page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "XML text, perhaps a server's error"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer"),
         (picture("PNG"), "PNG picture"),
         (picture("JPEG"), "JPEG picture"),

@@ -279,7 +279,7 @@ def test_settings_without_sense_are_refused(save, name, value, what):
 
 def test_sizes_beyond_sense_and_damaged_settings(save, tmp_path):
     state, settings = reference.random_state()
-    huge = {name.replace("_24_", "_99999_"): tensor for name, tensor in state.items()}
+    huge = {name.replace("_24_", "_9999_"): tensor for name, tensor in state.items()}
     with pytest.raises(CheckpointMismatchError, match="no generator is larger"):
         load_generator(save(huge, settings))
     nan = state | {"synthesis.L2_24_5.weight": torch.full((5, 6, 3, 3), float("nan"))}

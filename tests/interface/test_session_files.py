@@ -230,6 +230,15 @@ def test_the_hint_ranks_layers_by_what_they_do_elsewhere(session, client, monkey
     assert scores == sorted(scores, reverse=True)
     assert all(h["why"] for h in layers)
     assert same_bits(settled(session), before)
+    runs = session.model.every_layer
+    monkeypatch.setattr(session.model, "every_layer", None)
+    client.do("strip", text="0-9")
+    assert client.do("hint")["layers"] == layers  # kept: the strip and the chosen layer have no part in it
+    monkeypatch.setattr(session.model, "every_layer", runs)
+    monkeypatch.setattr(session.model, "collect_quickly", None)  # nor do the statistics run again for other places
+    client.do("move", dy=9, dx=0)
+    assert client.do("hint")["layers"] != layers
+    client.do("move", dy=18, dx=0)
     number = client.send("do", "hint")
     client.wait(lambda m: m["type"] == "progress" and m["job"] and m["job"]["kind"] == "hint")
     client.do("cancel")

@@ -13,6 +13,7 @@ from support import bits, same_bits, settled
 from pyrewrite import load_generator
 from pyrewrite.interface import Session
 from pyrewrite.interface.session import Session as SessionType
+from pyrewrite.statistics import collect
 
 LONG = {"layer": "layer8", "rank": 20, "steps": 5001, "margin": 4}
 QUICK = {"rank": 3, "steps": 11, "margin": 0}
@@ -211,6 +212,117 @@ def test_only_the_newest_preview_is_made(session, client):
     assert [m["kind"] for m in previews[-3:]] == ["paste", "context", "row"]
     assert previews[-1]["key"] == client.state["live"]["key"]
     assert len({m["key"] for m in previews[-3:]}) == 1
+
+
+def test_what_is_shown_during_a_solve_leaves_no_trace_in_it(session, client):
+    """Strokes with their previews, pictures and both weights in the middle of a solve: the same patch, bit for bit."""
+    client.do("set", layer="layer6", rank=8, steps=1501, margin=2)
+    client.do("execute")
+    (alone,) = session.document.edits
+    client.do("undo")
+    document = session.document
+    client.settle()
+    number = running(client)
+    before = len(client.of_type("preview"))
+    for n in range(4):
+        client.do("paint", box(30, 30, 70 + n, 80), image=1)
+        client.do("paste")
+        client.get("pictures", numbers=[n, 20 + n], size=32, weights=("edited", "original")[n % 2])
+    key = session.live.key
+    client.wait(lambda m: m["type"] == "preview" and m["kind"] == "paste" and m["key"] == key)
+    assert session.job is not None  # all of that in the middle
+    assert len(client.of_type("preview")) > before
+    client.answer(number)
+    (edit,) = session.document.edits
+    assert edit.digest == alone.digest
+    assert session.document.paste != document.paste
+    agrees(session, bits(load_generator("peeps")))
+
+
+def test_a_preview_that_fails_does_not_end_the_job(session, client, monkeypatch, caplog):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no such luck")
+
+    client.do("set", **LONG)
+    number = running(client)
+    monkeypatch.setattr(session.model, "rendered_with", fails)
+    client.do("paint", box(30, 30, 70, 80), image=1)
+    client.do("paste")
+    client.wait(lambda m: m["type"] == "notice" and "no such luck" in m["message"])
+    assert session.job is not None
+    client.do("cancel")
+    with pytest.raises(Refused, match="cancelled"):
+        client.answer(number)
+
+
+def test_statistics_of_a_stack_that_moves_are_none_of_half_and_half(tmp_path):
+    """An edit below the layer is switched off while the layer's statistics are collected: nothing of it is kept."""
+    generator = load_generator("peeps")
+    session = Session(generator, layer="layer4", samples=120, cache_dir=tmp_path / "cache", folder=tmp_path)
+    client = compose(Client(session), 1)
+    client.do("set", **QUICK)
+    client.do("execute")
+    client.settle()
+    files = len(list((tmp_path / "cache").iterdir()))
+    client.do("set", layer="layer8")
+    client.wait(lambda m: m["type"] == "progress" and m["statistics"]["layer"] == "layer8" and m["statistics"]["done"])
+    (edit,) = session.document.edits
+    client.do("stack", edit=edit.id, on=False)
+    client.settle()
+    plain = collect(load_generator("peeps"), "layer8", samples=120, cache_dir=False).moment.matrix
+    assert torch.allclose(session.model.rewriter("layer8").moment.matrix, plain, rtol=1e-4, atol=1e-5)
+    client.do("stack", edit=edit.id, on=True)
+    client.settle()
+    edited = collect(session.model.generator, "layer8", samples=120, cache_dir=False).moment.matrix
+    found = session.model.rewriter("layer8").moment.matrix
+    assert (found - edited).abs().max() < 0.01 * (plain - edited).abs().max()
+    assert len(list((tmp_path / "cache").iterdir())) == files + 2
+    session.close()
+
+
+def test_cancel_ends_statistics_until_something_changes(tmp_path):
+    session = Session(load_generator("peeps"), layer="layer8", samples=400, cache_dir=False, folder=tmp_path)
+    client = Client(session)
+    with pytest.raises(Refused, match="nothing is running"):
+        client.do("cancel")
+    client.do("paint", box(1, 1, 9, 9), image=0)
+    client.wait(lambda m: m["type"] == "state" and m["can"]["cancel"] is True)
+    client.do("cancel")
+    client.settle()
+    assert not session.model.has_statistics("layer8")
+    assert client.state["can"]["cancel"] == "nothing is running"
+    assert client.state["painted"] is not None
+    client.do("paint", box(1, 1, 9, 10), image=0)
+    client.wait(lambda m: m["type"] == "progress" and m["statistics"]["done"] > 0)
+    session.close()
+
+
+def test_a_hint_does_not_wait_for_statistics(tmp_path, monkeypatch):
+    monkeypatch.setattr("pyrewrite.interface.hints.SAMPLES", 4)
+    session = Session(load_generator("peeps"), layer="layer4", samples=1000, cache_dir=False, folder=tmp_path)
+    client = compose(Client(session), 1)
+    client.wait(lambda m: m["type"] == "progress" and m["statistics"]["done"] > 0)
+    assert client.do("hint")["layers"]
+    assert session.collecting is not None  # they go on
+    session.close()
+
+
+def test_many_pictures_are_drawn_between_what_is_more_urgent(session, client):
+    client.settle()
+    number = client.send("get", "pictures", numbers=list(range(24)), size=32)
+    client.do("paint", box(1, 1, 9, 9), image=0)
+    assert not [m for m, _ in client.messages if m.get("id") == number]
+    message, _ = client.answer(number)
+    assert message["numbers"] == list(range(24))
+
+
+def test_a_snapshot_can_be_cancelled(session, client):
+    client.do("strip", text="0-23")
+    number = client.send("do", "snapshot")
+    client.do("cancel")
+    with pytest.raises(Refused, match="cancelled"):
+        client.answer(number)
+    client.do("snapshot")
 
 
 def test_two_clients_at_once_never_mix_the_weights(session, client):

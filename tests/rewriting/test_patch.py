@@ -261,6 +261,30 @@ def test_files_that_are_not_patches(g, tmp_path):
         LowRankPatch.load(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("generator", '["hash"]'),
+        ("generator", '{"hash": 3}'),
+        ("generator", '{"hash": {}}'),
+        ("settings", '"ab"'),
+        ("settings", '{"strength": "1"}'),
+        ("report", "[1]"),
+        ("layers", '"layer4"'),
+        ("layers", "[[4]]"),
+        ("layers", "[" * 100_000),
+    ],
+)
+def test_metadata_of_strangers(g, tmp_path, name, value):
+    update = make(g).updates[0]
+    metadata = {"format": "pyrewrite-patch", "version": "1", "layers": '["layer4"]', name: value}
+    factors = {"layer4.direction": update.direction, "layer4.lambda": update.lambda_}
+    safetensors.torch.save_file(factors, tmp_path / "p.safetensors", metadata=metadata)
+    with pytest.raises(PatchError, match=r"p\.safetensors: ") as error:
+        LowRankPatch.load(tmp_path / "p.safetensors")
+    assert len(str(error.value)) < 500
+
+
 def test_a_failed_save_leaves_the_old_file(g, tmp_path, monkeypatch):
     path = tmp_path / "p.safetensors"
     make(g).save(path)

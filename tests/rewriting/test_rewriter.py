@@ -368,6 +368,24 @@ def test_an_edit_out_of_proportion_warns(rewriters, edit):
     assert any("times as large as the layer's weights" in str(w.message) for w in caught)
 
 
+def test_a_record_of_another_generator_warns(rewriters, edit):
+    rw = rewriters("peeps-progan", "layer4")
+    record = edit(64)
+    record.generator = {"family": "progan", "hash": rw.generator.weights_hash()}
+    quick = {"method": "least_squares", "rank": 2}
+    here = rw.solve(record, **quick)
+    record.generator["hash"] = "0" * 64
+    for solve in (
+        lambda: rw.solve(record, **quick),
+        lambda: rw.solve([edit(64), record], **quick),
+        lambda: rw.zero(record),
+    ):
+        with pytest.warns(EditWarning, match=r"test was made on another generator \(000000000000\.\.\., not "):
+            patch = solve()
+        assert "its numbers are other pictures here" in patch.report.warnings[0]
+    assert not here.report.warnings
+
+
 def test_stray_pixels_warn(rewriters, edit):
     mask = np.zeros((128, 128))
     mask[32:96, 32:96] = 1

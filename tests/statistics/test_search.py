@@ -5,6 +5,7 @@ import torch
 
 from pyrewrite.errors import NonFiniteError
 from pyrewrite.statistics import match, match_mask, scan_direction, top_images
+from pyrewrite.statistics.search import KeptKeys
 
 
 def all_scores(generator, direction: torch.Tensor, samples: int) -> torch.Tensor:
@@ -78,3 +79,40 @@ def test_refused(tiny, direction):
     tiny.poison = {2}
     with pytest.raises(NonFiniteError, match="image 2:"):
         top_images(tiny, "layer2", direction, samples=3)
+
+
+def test_kept_keys_answer_as_a_pass_does(tiny, direction):
+    kept = KeptKeys()
+    exact = scan_direction(tiny, "layer2", direction, samples=50, batch_size=7, keep=kept.add)
+    assert kept.images == 50
+    seen = []
+    found = kept.scan(direction, lambda done, of: seen.append((done, of)))
+    assert torch.allclose(found.scores, exact.scores, rtol=2e-3)
+    assert found.quantiles.count == exact.quantiles.count
+    assert found.threshold(0.99) == pytest.approx(exact.threshold(0.99), rel=2e-3)
+    assert seen[-1] == (50, 50)
+    other = scan_direction(tiny, "layer2", direction.flip(0), samples=50)
+    assert torch.allclose(kept.scan(direction.flip(0)).scores, other.scores, rtol=2e-3)
+    kept.add(0, torch.ones(2, 6, 5, 5))  # a pass that begins again
+    assert kept.images == 2
+    assert KeptKeys.bytes_of(tiny.layers["layer2"], 50) == 2 * 50 * 6 * 25
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+def test_kept_keys_of_any_size(direction, size):
+    keys = size * torch.randn(3, 6, 4, 4, generator=torch.Generator().manual_seed(1))
+    kept = KeptKeys()
+    kept.add(0, keys)
+    expected = match(keys, direction).flatten(1).amax(1)
+    assert torch.allclose(kept.scan(direction).scores, expected, rtol=2e-3, atol=0)
+
+
+def test_kept_keys_refuse(direction):
+    with pytest.raises(ValueError, match="no keys have been kept"):
+        KeptKeys().scan(direction)
+    kept = KeptKeys()
+    kept.add(0, torch.ones(1, 6, 2, 2))
+    with pytest.raises(ValueError, match="direction of length 6"):
+        kept.scan(direction[:5])
+    with pytest.raises(NonFiniteError):
+        kept.scan(direction * torch.nan)

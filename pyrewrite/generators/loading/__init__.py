@@ -164,7 +164,7 @@ def load_generator(
         generator = layout.load(weights, seed)
     except CheckpointError:
         raise
-    except (IndexError, KeyError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, LookupError, ValueError, RuntimeError) as error:
         # Shapes that no layout foresees, such as a weight without any dimension.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise CheckpointMismatchError(f"{path} is not a whole {layout.what}: {reason}") from error

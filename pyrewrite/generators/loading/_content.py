@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 import zlib
 from collections import Counter
@@ -12,7 +13,9 @@ from pyrewrite.errors import CheckpointError, DamagedCheckpointError, NotACheckp
 _ZIP = b"PK\x03\x04"
 # torch.save before 1.6 begins with a pickled magic number (protocol 2, LONG1 of ten bytes).
 _LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa8501a")[:-1]
-_EXPECTED = "expected a generator: a torch checkpoint, a safetensors file, or a pickle of NVIDIA's StyleGAN2-ADA"
+_EXPECTED = (
+    "expected a generator: a torch checkpoint, a safetensors file, or a pickle of NVIDIA's StyleGAN2 or StyleGAN3"
+)
 
 _SIGNATURES = (
     (b"\x89PNG", "a PNG picture"),
@@ -58,7 +61,8 @@ def checkpoint_kind(path: Path) -> str:
         raise DamagedCheckpointError(
             f"{str(path)!r} is truncated: {size} bytes, which is less than a torch file's header"
         )
-    if head[8:9] == b"{" and not head.startswith(b"{"):  # a length of eight bytes, then a JSON text
+    # A length of eight bytes, then a JSON text.
+    if head[8:9] == b"{" and not (head.startswith(b"{") and b"\0" not in head[:8]):
         return "safetensors"
     if head[:1] == b"\x80" and 2 <= head[1] <= 5:
         return "pickle"
@@ -76,11 +80,13 @@ def _described(head: bytes) -> str:
     if not head.strip(b"\x00"):
         return "nothing but zero bytes: damaged, or a download that was never finished"
     try:
-        text = head[:4000].decode("utf-8", "strict" if len(head) < 4000 else "ignore").lstrip().lower()
+        text = head[:4000].decode("utf-8-sig", "strict" if len(head) < 4000 else "ignore").lstrip().lower()
     except UnicodeDecodeError:
         return f"of an unknown kind (it begins with {head[:8].hex(' ')})"
-    if text.startswith(("<!doctype", "<html")):
+    if text.startswith("<") and re.search(r"<(!doctype html|html|head|body)\b", text):
         return "a web page, perhaps in place of a download"
+    if text.startswith("<?xml"):
+        return "an XML text, perhaps a server's error in place of a download"
     if "\x00" in text:
         return f"of an unknown kind (it begins with {head[:8].hex(' ')})"
     return "a JSON text" if text.startswith(("{", "[")) else "a text file"

@@ -15,7 +15,11 @@ from pyrewrite.generators.base import Generator
 from pyrewrite.generators.loading._plain_arrays import PlainArray
 
 _MOST_WRAPPERS = 8
-_MOST_DIGITS = 5  # of a layer's number, or a resolution
+_MOST_DIGITS = 4  # of a layer's number, or a resolution
+_LONGEST_NAME = 250
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_DTYPES |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}  # counters
+MAX_IMAGE_SIZE = 4096  # pixels; the largest published is 1024
 
 # Names under which files keep a generator, the averaged copy before the trained one.
 _AVERAGED = ("g_ema", "G_ema", "generator_ema", "generator_smooth", "netG_ema", "Gs", "ema", "params_ema")
@@ -24,6 +28,7 @@ _GENERATORS = (
     *(f"{name}_state_dict" for name in ("g", "G", "generator", "netG", "gen", "modelG")),
 )
 _OTHERS = (*_GENERATORS, "models", "state_dict", "model", "model_state_dict", "params")
+LARGEST_FLOAT = torch.finfo(torch.float64).max
 _WRAPPERS = {"module", "_orig_mod"}  # left by DataParallel and torch.compile
 _SHOWN = 12
 
@@ -89,6 +94,12 @@ def find_weights(content: Any, origin: str) -> Weights:
 
 def _require_sane(origin: str, name: str, value: Tensor) -> None:
     """CheckpointMismatchError for a number in a name, or a size, that would take all memory before it is noticed."""
+    if len(name) > _LONGEST_NAME:
+        raise CheckpointMismatchError(f"{origin} holds {name[:80] + ' ...'!r}, a name of {len(name)} characters")
+    if value.dtype not in _DTYPES:
+        raise CheckpointMismatchError(
+            f"{origin} holds {name!r} of {value.dtype}: expected floating point numbers of 16, 32 or 64 bits"
+        )
     if any(len(number) > _MOST_DIGITS for number in re.findall(r"\d+", name)):
         raise CheckpointMismatchError(f"{origin} holds {name[:80]!r}: no generator has so many layers")
     stored = value.untyped_storage().nbytes()
@@ -108,7 +119,7 @@ def _of_one_network(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, T
     if not found:
         return tensors
     left = [name for name in networks if name != found[0]]
-    also = f"; the file also holds {', '.join(map(repr, left))}" if left else ""
+    also = f"; the file also holds {_listed(repr(name[:80]) for name in left)}" if left else ""
     notes.append(f"generator taken from the names that begin with {found[0] + '.'!r}{also}")
     return networks[found[0]]
 
@@ -153,11 +164,7 @@ def fill(generator: Generator, weights: Weights, what: str) -> None:
         raise CheckpointMismatchError(
             f"{weights.origin} is not a consistent {what}: {_listed(wrong)}; nothing was loaded"
         )
-    types = [
-        f"{weights.shown(name)} is {t.dtype}"
-        for name, t in weights.tensors.items()
-        if not t.is_floating_point() or t.layout != torch.strided
-    ]
+    types = [f"{weights.shown(name)} is {t.dtype}" for name, t in weights.tensors.items() if not t.is_floating_point()]
     if types:
         raise CheckpointMismatchError(
             f"{weights.origin}: weights are dense floating point numbers, but {_listed(types)}"
@@ -182,9 +189,20 @@ def positive_setting(weights: Weights, name: str, otherwise: float | None) -> fl
     """A finite number above 0 that stands beside the weights, or `otherwise`. Raises CheckpointMismatchError."""
     value = weights.beside.get(name, otherwise)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (number and 0 < value < float("inf")):
-        raise CheckpointMismatchError(f"{weights.origin}: {name} is {value!r}, expected a finite number above 0")
+    if value is not None and not (number and 0 < value <= LARGEST_FLOAT):
+        shown = repr(value) if not isinstance(value, int) or abs(value) <= LARGEST_FLOAT else "beyond any float"
+        raise CheckpointMismatchError(f"{weights.origin}: {name} is {shown}, expected a finite number above 0")
     return value
+
+
+def require_image_size(weights: Weights, size: int) -> None:
+    """Raise CheckpointMismatchError where the layers, however small they are, would make too large pictures."""
+    if size > MAX_IMAGE_SIZE:
+        shown = str(size) if size < 10**12 else "more than 10^12"
+        raise CheckpointMismatchError(
+            f"{weights.origin} makes images of {shown} pixels, by the number of its layers; up to {MAX_IMAGE_SIZE} "
+            "are supported"
+        )
 
 
 def require_finite(generator: Generator, weights: Weights) -> None:

@@ -28,20 +28,16 @@ from pyrewrite.generators.loading._pickle_machine import (
     PickleDamaged,
     PickleMachine,
     PickleRefused,
+    checked_key,
 )
 from pyrewrite.generators.loading._plain_arrays import DType, PlainArray, plain_array, plain_scalar
-from pyrewrite.generators.loading._torch_file import LOCK
+from pyrewrite.generators.loading._torch_file import LOCK, STORAGES
 
 MAX_MODULES = 20_000
 MAX_NAMES = 100_000
+MAX_NAME = 250  # characters
 MAX_DEPTH = 40
 
-# Bytes an element; the names under which torch stores typed memory.
-_STORAGES = {
-    **{f"{name}Storage": size for name, size in (("Double", 8), ("Float", 4), ("Half", 2), ("BFloat16", 2))},
-    **{f"{name}Storage": size for name, size in (("Long", 8), ("Int", 4), ("Short", 2), ("Char", 1), ("Byte", 1))},
-    "BoolStorage": 1,
-}
 # torch.save before 1.6, and of a storage to this day: a number, a version, the system, the object, keys, then the data.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _PLAIN_MODULES = {
@@ -92,7 +88,7 @@ class _StorageClaim:
         _, kind, key, _, count, _ = pid
         if type(key) is not str or type(count) is not int or count < 0:
             raise PickleRefused("a torch storage of which key or size make no sense")
-        self.size = count * _STORAGES[kind.name.rsplit(".", 1)[1]]
+        self.size = count * STORAGES[kind.name.rsplit(".", 1)[1]]
 
 
 def read_network_pickle(path: Path) -> dict[str, Any]:
@@ -253,7 +249,7 @@ def _ordered(pairs: Any = ()) -> Items:
 def _set(items: Any = ()) -> set[Any]:
     if type(items) not in (tuple, list) or any(type(item) not in (str, int, float, bool) for item in items):
         raise PickleRefused("a set of other things than texts and numbers")
-    return set(items)
+    return set(map(checked_key, items))
 
 
 def _persistent_object(meta: Any) -> NetworkState:
@@ -266,7 +262,7 @@ def _persistent_object(meta: Any) -> NetworkState:
 
 
 def _declared(module: str, name: str) -> Named:
-    if module != "torch" or name not in _STORAGES:
+    if module != "torch" or name not in STORAGES:
         raise PickleRefused(f"{module}.{name} inside of torch.storage._load_from_bytes")
     return Named(f"{module}.{name}")
 
@@ -326,12 +322,22 @@ def _flat_networks(content: Any) -> Any:
     if isinstance(content, NetworkState):
         return flat(content)
     if isinstance(content, dict):
-        return {name: flat(value) if isinstance(value, NetworkState) else value for name, value in content.items()}
+        looks = _looks()
+        networks = {name for name, value in content.items() if isinstance(value, NetworkState)}
+        return {name: flat(value, looks) if name in networks else value for name, value in content.items()}
     return content
 
 
-def flat(network: NetworkState) -> dict[str, Any]:
-    """name -> tensor, and name -> setting for the plain numbers, texts and truth values among the attributes."""
+def _looks() -> Budget:
+    return Budget(2 * MAX_NAMES, "names of parts")
+
+
+def flat(network: NetworkState, looks: Budget | None = None) -> dict[str, Any]:
+    """name -> tensor, and name -> setting for the plain numbers, texts and truth values among the attributes.
+
+    looks: names that may still be looked at, in all networks of the file: parts may be shared.
+    """
+    looks = looks or _looks()
     found: dict[str, Any] = {}
     waiting, seen = [("", network, 0)], 0
     while waiting:
@@ -344,20 +350,30 @@ def flat(network: NetworkState) -> dict[str, Any]:
                 f"a network of more than {MAX_MODULES} parts or {MAX_NAMES} names, or nested deeper than {MAX_DEPTH}"
             )
         if isinstance(module, TensorFlowNetwork):
-            found |= {f"{prefix}{name}": value for name, value in _variables(module)}
-            parts = _entries(module, "components")
-            waiting += [(f"{prefix}{name}/", part, depth + 1) for name, part in reversed(parts)]
-            continue
-        for kind in ("_parameters", "_buffers"):
-            for name, value in _entries(module, kind):
-                if isinstance(value, Tensor):
-                    found[f"{prefix}{name}"] = value
-        for name, value in module.state.items():
-            if isinstance(name, str) and not name.startswith("_") and type(value) in (str, int, float, bool):
-                found.setdefault(f"{prefix}{name}", value)
-        children = [item for item in _entries(module, "_modules") if isinstance(item[1], NetworkState)]
-        waiting += [(f"{prefix}{name}.", child, depth + 1) for name, child in reversed(children)]
+            own, parts, ending = _variables(module), _entries(module, "components"), "/"
+        else:
+            own = [item for kind in ("_parameters", "_buffers") for item in _entries(module, kind)]
+            own = [item for item in own if isinstance(item[1], Tensor)]
+            known = {name for name, _ in own}
+            own += [(name, value) for name, value in module.state.items() if _is_setting(name, value, known)]
+            parts = [item for item in _entries(module, "_modules") if isinstance(item[1], NetworkState)]
+            ending = "."
+        looks.spend(1 + len(own) + len(parts) + len(module.state))
+        longest = max((len(name) for name, _ in (*own, *parts)), default=0)
+        if len(prefix) + longest > MAX_NAME:
+            raise PickleRefused(f"a network with names of {len(prefix) + longest} characters, expected {MAX_NAME}")
+        found |= {f"{prefix}{name}": value for name, value in own}
+        waiting += [(f"{prefix}{name}{ending}", part, depth + 1) for name, part in reversed(parts)]
     return found
+
+
+def _is_setting(name: Any, value: Any, weights: set[str]) -> bool:
+    return (
+        isinstance(name, str)
+        and not name.startswith("_")
+        and name not in weights
+        and type(value) in (str, int, float, bool)
+    )
 
 
 def _variables(module: TensorFlowNetwork) -> list[tuple[str, Any]]:

@@ -13,11 +13,10 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-MAX_OPCODES = 1_000_000  # a 1024 x 1024 network of NVIDIA needs about 11,000
+MAX_OPCODES = 300_000  # a 1024 x 1024 network of NVIDIA needs about 11,000, a training run with two optimisers 20,000
 MAX_DEPTH = 1000
 
 _NAMES = {ord(op.code): op.name for op in pickletools.opcodes}
-_SCALARS = (str, int, float, bool, bytes, type(None))
 _MARK = object()
 
 
@@ -40,6 +39,9 @@ class Named:
         self.name, self.call, self.new = name, call, new
 
 
+_KEYS = (str, int, float, bool, bytes, type(None), Named)
+
+
 class Items(dict):
     """Stands in for OrderedDict and other dictionaries with attributes; the attributes are dropped."""
 
@@ -59,15 +61,16 @@ class Inert:
 
 
 class Budget:
-    """Bytes that functions may still copy for a file, so that one stored array cannot be asked for a million times."""
+    """What may still be done for a file, so that one stored array cannot be asked for a million times."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, what: str = "bytes of copies") -> None:
         self.size = self.left = size
+        self.what = what
 
     def spend(self, count: int) -> None:
         self.left -= count
         if self.left < 0:
-            raise PickleRefused(f"the same data again and again: more than {self.size} bytes of copies")
+            raise PickleRefused(f"the same data again and again: more than {self.size} {self.what}")
 
 
 class PickleMachine:
@@ -179,7 +182,7 @@ class PickleMachine:
         target = self._peek()
         if type(target) is list:
             target.extend(items)
-        elif type(target) is not Inert:
+        elif not isinstance(target, Inert):
             raise PickleRefused(f"items for a {type(target).__name__}, expected a list")
 
     def _add(self) -> None:
@@ -196,7 +199,7 @@ class PickleMachine:
             checked_key(key)
             if type(target) in (dict, Items):
                 target[key] = value
-            elif type(target) is not Inert:
+            elif not isinstance(target, Inert):
                 raise PickleRefused(f"named items for a {type(target).__name__}, expected a dict")
 
     # -- memo --------------------------------------------------------
@@ -257,10 +260,18 @@ class PickleMachine:
 
 
 def checked_key(key: Any) -> Any:
-    """A key whose hash takes no time: nested tuples that share their parts would take for ever."""
+    """A key whose hash takes no time and is shared by few others.
+
+    Nested tuples that share their parts would take for ever to hash. The hashes of texts are secret, but those of
+    numbers are not: thousands of large integers, or of tuples of numbers, can be made that all have the same one.
+    """
     flat = key if type(key) is tuple else (key,)
-    if len(flat) > 100 or any(type(part) not in (*_SCALARS, Named, Inert) for part in flat):
+    if len(flat) > 100 or not all(type(part) in _KEYS or isinstance(part, Inert) for part in flat):
         raise PickleRefused(f"a {type(key).__name__} as a name in a dict or set, expected a text or a number")
+    if type(key) is tuple and any(type(part) in (int, float) for part in key):
+        raise PickleRefused("a tuple of numbers as a name in a dict or set, expected a text or a number")
+    if type(key) is int and not -(1 << 63) <= key < 1 << 63:
+        raise PickleRefused("a number of more than 64 bits as a name in a dict or set")
     return key
 
 

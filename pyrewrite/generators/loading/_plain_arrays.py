@@ -12,8 +12,9 @@ class DType:
     """Stands in for numpy.dtype: booleans, integers, floating point and complex numbers only."""
 
     def __init__(self, code: str, *_: Any):
-        if not isinstance(code, str):
-            raise pickle.UnpicklingError(f"a NumPy type made of a {type(code).__name__}: only plain numbers are read")
+        if not isinstance(code, str) or len(code) > 8:
+            shown = "long text" if isinstance(code, str) else type(code).__name__
+            raise pickle.UnpicklingError(f"a NumPy type made of a {shown}: only plain numbers are read")
         self.dtype = np.dtype(code)
         if self.dtype.kind not in "biufc":
             raise pickle.UnpicklingError(f"a NumPy array of {code!r}: only plain numbers are read")

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pyrewrite.errors import CheckpointError, DamagedCheckpointError
 
-MAX_HEADER = 100 * 1024 * 1024  # the format's own bound
+MAX_HEADER = 4 << 20  # bytes; that of the largest published StyleGAN is 30,000. The format allows 100 MB
+MAX_TENSORS = 20_000
 FORMAT = "pyrewrite-generator"  # metadata "format" of files that save_generator wrote
 VERSION = 1
+
+
+class _TwiceError(Exception):
+    """A name that stands twice, of which readers take one or the other."""
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _TwiceError(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return found
 
 
 def header_problem(path: Path, size: int) -> str | None:
@@ -22,16 +36,20 @@ def header_problem(path: Path, size: int) -> str | None:
         if length >= 1 << 63:
             return f"its header declares a negative length, {length - (1 << 64)}"
         if length > MAX_HEADER:
-            return f"its header declares {length} bytes, the format allows {MAX_HEADER}"
+            return f"its header declares {length} bytes, at most {MAX_HEADER} are read"
         if size < 8 + length:
             return f"truncated: its header declares {length} bytes, {max(size - 8, 0)} follow"
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=_each_once)
+    except _TwiceError as error:
+        return f"its header holds {str(error)[:80]!r} twice"
     except (ValueError, RecursionError) as error:
         return f"its header is not a JSON text: {error}"
     if not isinstance(header, dict):
         return f"its header is a {type(header).__name__}, expected names"
+    if len(header) > MAX_TENSORS:
+        return f"its header holds {len(header)} names, at most {MAX_TENSORS} are read"
     end = 0
     for name, entry in header.items():
         if name == "__metadata__":

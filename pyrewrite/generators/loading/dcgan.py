@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyrewrite.errors import CheckpointMismatchError
 from pyrewrite.generators.dcgan import DCGAN, DCGANShape
-from pyrewrite.generators.loading._names import Weights, fill, require_names, require_shape
+from pyrewrite.generators.loading._names import Weights, fill, require_image_size, require_names, require_shape
 
 WHAT = "DCGAN generator"
 _NAMES = re.compile(r"main\.(\d+)\.(weight|bias|running_mean|running_var|num_batches_tracked)$")
@@ -49,6 +49,7 @@ def load(weights: Weights, seed: int) -> DCGAN:
         raise CheckpointMismatchError(
             f"{weights.origin} makes images of {channels} channels; 1 (grey) and 3 (RGB) are supported"
         )
+    require_image_size(weights, sizes[0][2] * 2 ** (count - 1))
     generator = DCGAN(DCGANShape(tuple(sizes)))
     generator.notes += weights.notes
     _rename(weights, count)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyrewrite.errors import CheckpointMismatchError
 from pyrewrite.generators.loading import progan, stylegan2
-from pyrewrite.generators.loading._names import Weights, require_names, require_shape
+from pyrewrite.generators.loading._names import Weights, require_image_size, require_names, require_shape
 from pyrewrite.generators.progan import ProGAN
 from pyrewrite.generators.stylegan2 import StyleGAN2
 
@@ -133,6 +133,7 @@ def load_pggan(weights: Weights, noise_seed: int) -> ProGAN:
     if present:
         weights.notes.append(f"colours taken from {last!r}, those of the highest resolution")
     size = require_shape(weights, "layer0.weight", 4)[-1] * 2 ** (count // 2 - 1)
+    require_image_size(weights, size)
     renamed, theirs = {}, {}
     fused = _fused(weights, count)
     for n, name in [*enumerate(f"layer{n}" for n in range(count)), (-1, last)]:

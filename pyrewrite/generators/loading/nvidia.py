@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyrewrite.errors import CheckpointMismatchError
 from pyrewrite.generators.loading import stylegan2
-from pyrewrite.generators.loading._names import Weights, require_names, require_shape
+from pyrewrite.generators.loading._names import Weights, positive_setting, require_names, require_shape
 from pyrewrite.generators.stylegan2 import StyleGAN2
 from pyrewrite.generators.styles import MAPPING_RATE
 
@@ -143,10 +143,12 @@ def require_known_layers(weights: Weights, what: str) -> None:
             raise CheckpointMismatchError(
                 f"{weights.origin} is a {what} whose {name} is {value!r}: not supported, only {wanted!r}"
             )
-        if re.fullmatch(r"mapping\.fc\d+\.bias_gain", name) and not math.isclose(float(value), MAPPING_RATE):
-            raise CheckpointMismatchError(
-                f"{weights.origin} is a {what} whose mapping learns at {value}: not supported, only {MAPPING_RATE}"
-            )
+        if re.fullmatch(r"mapping\.fc\d+\.bias_gain", name):
+            rate = positive_setting(weights, name, None)
+            if rate is None or not math.isclose(rate, MAPPING_RATE):
+                raise CheckpointMismatchError(
+                    f"{weights.origin} is a {what} whose mapping learns at {rate}: not supported, only {MAPPING_RATE}"
+                )
 
 
 def _take_clamps(weights: Weights, table: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ import re
 from torch import Tensor
 
 from pyrewrite.errors import CheckpointMismatchError
-from pyrewrite.generators.loading._names import Weights, fill, require_names, require_shape
+from pyrewrite.generators.loading._names import Weights, fill, require_image_size, require_names, require_shape
 from pyrewrite.generators.progan import ProGAN, ProGANShape
 
 WHAT = "Progressive GAN generator"
@@ -33,6 +33,7 @@ def load(weights: Weights) -> ProGAN:
     layers = [f"layer{n}" for n in range(1, count + 1)]
     base = weights.tensors["layer1.conv.weight"].shape[-1] if "layer1.conv.weight" in weights.tensors else 4
     size = base * 2 ** (count // 2 - 1)
+    require_image_size(weights, size)
     output = f"output_{size}x{size}"
     if old:
         weights.tensors = {re.sub(r"^output\.", f"{output}.", name): t for name, t in weights.tensors.items()}

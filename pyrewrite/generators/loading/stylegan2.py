@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from pyrewrite.errors import CheckpointMismatchError
-from pyrewrite.generators.loading._names import Weights, fill, positive_setting, require_names, require_shape
+from pyrewrite.generators.loading._names import (
+    Weights,
+    fill,
+    positive_setting,
+    require_image_size,
+    require_names,
+    require_shape,
+)
 from pyrewrite.generators.stylegan2 import StyleGAN2, StyleGAN2Shape
 from pyrewrite.generators.styles import MEAN_SAMPLES
 
@@ -175,6 +182,7 @@ def _shape(weights: Weights, mapping: int, convs: int, architecture: str) -> Sty
         raise CheckpointMismatchError(
             f"{weights.origin}: {weights.shown('input.input')} is {constant}, expected a square"
         )
+    require_image_size(weights, constant[2] * 2 ** (convs // 2))
     sizes, blurs, upsamples, channels = [], [], [], constant[1]
     for n in range(convs):
         name = "conv1" if n == 0 else f"convs.{n - 1}"

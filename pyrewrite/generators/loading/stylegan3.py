@@ -13,7 +13,14 @@ import re
 import torch
 
 from pyrewrite.errors import CheckpointMismatchError
-from pyrewrite.generators.loading._names import Weights, fill, positive_setting, require_names, require_shape
+from pyrewrite.generators.loading._names import (
+    MAX_IMAGE_SIZE,
+    Weights,
+    fill,
+    positive_setting,
+    require_names,
+    require_shape,
+)
 from pyrewrite.generators.loading.nvidia import require_known_layers
 from pyrewrite.generators.stylegan3 import StyleGAN3, StyleGAN3LayerShape, StyleGAN3Shape
 from pyrewrite.generators.styles import MEAN_SAMPLES
@@ -26,7 +33,7 @@ _PARTS = ("weight", "bias", "magnitude_ema", "affine.weight", "affine.bias")
 
 # The published values of what only pickles say.
 _MARGIN, _BANDWIDTH, _CLAMP, _OUTPUT_SCALE, _LRELU_RATE = 10, 2.0, 256.0, 0.25, 2
-_LARGEST_MARGIN, _LARGEST_FACTOR, _LARGEST_SIZE = 64, 16, 1 << 14
+_LARGEST_MARGIN, _LARGEST_FACTOR, _LARGEST_SIZE = 64, 16, 2 * MAX_IMAGE_SIZE
 
 
 def matching_names(tensors: dict[str, torch.Tensor]) -> int:
