@@ -68,7 +68,7 @@ export const edits = {
     const statistics = this.state.statistics;
     const collecting = !job && !statistics.ready && statistics.of > 0;
     this.job.hidden = !job && !collecting;
-    this.cancel.hidden = !job;
+    this.cancel.hidden = !job && !(collecting && this.state.can.cancel === true);
     this.root.dataset.job = job ? job.kind : "";
     if (job) {
       const { step = 0, steps, loss, label } = job;
