@@ -247,6 +247,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                                   py::arg("project"));
   m.def("project_cpu", &project_on_cpu, py::arg("weights"), py::arg("adam").none(true), py::arg("threads"));
 #ifdef PYREWRITE_HAS_CUDA
+  m.def(
+      "second_moment_family",
+      [](int major, int minor, bool sm90, int dtype, int precision) {
+        return second_moment_family(major, minor, sm90, static_cast<DType>(dtype), static_cast<Precision>(precision));
+      },
+      py::arg("major"), py::arg("minor"), py::arg("sm90"), py::arg("dtype"), py::arg("precision"));
   m.def("second_moment_workspace", &moment_workspace, py::arg("x"), py::arg("dtype"), py::arg("shape"),
         py::arg("strides"), py::arg("precision"), py::arg("family"), py::arg("device"));
   m.def("second_moment_cuda", &moment_on_cuda, py::arg("x"), py::arg("dtype"), py::arg("shape"), py::arg("strides"),

@@ -6,7 +6,9 @@ With arguments it is the command line, for launchers that start modules: `torchr
 from __future__ import annotations
 
 import platform
+import re
 import sys
+from types import ModuleType
 
 from ._version import __version__
 
@@ -30,6 +32,8 @@ def main() -> None:
         built = ", ".join(f"{name} {value}" for name, value in module.build_info().items())
         print(f"pyrewrite._C {module.version()}: {built}")
         print(f"processor kernels: {module.cpu_isa()}")
+        if module.build_info()["cuda"]:
+            print(f"second_moment_ on a GPU of {moment_families(module)}")
     report = cuda_report()
     if report["problem"]:
         print(f"CUDA kernels cannot run: {report['problem']}")
@@ -39,6 +43,17 @@ def main() -> None:
         on_cuda = "CUDA kernel" if operator.cuda and report["devices"] else "torch"
         on_cpu = "C++ kernel" if operator.cpu else "torch"
         print(f"{operator.name}: on the processor {on_cpu}, on a GPU {on_cuda}")
+
+
+def moment_families(module: ModuleType) -> str:
+    """Which of the second moment's kernels (csrc/second_moment) each compiled architecture takes by rule."""
+    found = []
+    # "90a-real;100-real;120": the last digit is the minor number; 9.0 takes its own kernels where 90a was compiled.
+    for major, minor, own in re.findall(r"(\d+)(\d)(a?)", module.build_info()["cuda_architectures"]):
+        sm90 = (major, minor, own) == ("9", "0", "a")
+        fp32, tf32 = (module.second_moment_family(int(major), int(minor), sm90, 0, precision) for precision in (0, 1))
+        found.append(f"{major}.{minor}: {fp32}" + ("" if fp32 == tf32 else f" (tf32 and 16-bit input: {tf32})"))
+    return ", ".join(found)
 
 
 if __name__ == "__main__":

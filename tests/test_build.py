@@ -17,6 +17,7 @@ import pytest
 
 import pyrewrite
 from pyrewrite import _C
+from pyrewrite.__main__ import moment_families
 from pyrewrite.ops import _library
 
 
@@ -41,6 +42,39 @@ def test_diagnosis(tmp_path):
     ).stdout
     for part in (f"pyrewrite {pyrewrite.__version__}", "pyrewrite._C", "second_moment_", "insert_low_rank"):
         assert part in out
+
+
+def test_diagnosis_names_the_kernels_of_each_architecture():
+    class Module:
+        @staticmethod
+        def build_info():
+            return {"cuda_architectures": "86-real;90a-real;90;120"}
+
+        @staticmethod
+        def second_moment_family(major, minor, sm90, dtype, precision):
+            return f"k{major}{minor}{sm90:d}" if precision or major == 9 else "plain"
+
+    text = "8.6: plain (tf32 and 16-bit input: k860), 9.0: k901, 9.0: k900, 12.0: plain (tf32 and 16-bit input: k1200)"
+    assert moment_families(Module) == text
+
+
+@pytest.mark.skipif(not _C.build_info()["cuda"], reason="a build without CUDA kernels")
+@pytest.mark.parametrize(
+    ("architecture", "fp32", "tf32"),
+    [
+        ((7, 5, False), "simt", "simt"),
+        ((8, 0, False), "sm80", "sm80"),
+        ((8, 9, False), "simt", "sm80"),
+        ((9, 0, True), "sm90", "sm90"),
+        ((9, 0, False), "sm80", "sm80"),
+        ((10, 0, False), "sm80", "sm80"),
+        ((12, 0, False), "simt", "sm80"),
+    ],
+)
+def test_kernels_of_an_architecture(architecture, fp32, tf32):
+    assert _C.second_moment_family(*architecture, 0, 0) == fp32
+    assert _C.second_moment_family(*architecture, 0, 1) == tf32
+    assert _C.second_moment_family(*architecture, 2, 0) == tf32  # 16-bit input
 
 
 def test_diagnosis_without_the_binary(tmp_path):

@@ -10,6 +10,9 @@ struct Choice {
   const MomentKernel* kernel = nullptr;
   Access access = Access::elements;
   Plan plan{};
+  sm90::ClusterPlan clusters{};
+
+  std::int64_t blocks() const { return kernel->costs != nullptr ? clusters.blocks() : plan.blocks(); }
 };
 
 struct Gpu {
@@ -26,6 +29,8 @@ Status look_up(int device, MomentFamily family, Gpu* gpu) {
     error = cudaDeviceGetAttribute(&gpu->shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   if (error != cudaSuccess) return cuda_status(error, "asking for the properties", device);
   gpu->sm90 = gpu->major == 9 && gpu->minor == 0 && sm90_is_built();
+  if (family == MomentFamily::sm90)
+    return Status::error(Status::kUnsupported, "second moment: the kernels for 9.0 are taken by rule, not by name");
   if (family == MomentFamily::sm80 && gpu->major < 8)
     return Status::error(Status::kUnsupported,
                          "second moment: the kernels for compute capability 8.0 were asked for, "
@@ -34,26 +39,24 @@ Status look_up(int device, MomentFamily family, Gpu* gpu) {
   return {};
 }
 
-// Whether the Hopper kernels can copy p: boxes of 16-bit input, vectors of float32.
-bool fits_sm90(const SecondMomentParams& p) {
-  if (p.dtype != DType::float32) return sm90::boxes_fit(p);
-  return p.d >= 8 && access_of(p, 16) != Access::elements;
-}
-
-// On 9.0 the Hopper kernels take all that they can copy.
+// On 9.0 the Hopper kernels take all that boxes can copy.
 // float32 from three tensor-core products each pays where a multiprocessor makes 1024 TF32 products a cycle or more: on
 // 8.0, 9.0 and 10.x. The others (8.6, 8.7, 8.9, 12.x) make as many TF32 as float32 products, so there float32 takes the
 // ordinary units. Before 8.0 everything does.
+MomentFamily by_rule(int major, int minor, bool sm90, DType dtype, Precision precision) {
+  if (sm90) return MomentFamily::sm90;
+  const bool fast_tf32 = (major == 8 && minor == 0) || major == 9 || major == 10;
+  const bool plain_float32 = dtype == DType::float32 && precision == Precision::fp32;
+  return major < 8 || (plain_float32 && !fast_tf32) ? MomentFamily::simt : MomentFamily::sm80;
+}
+
 const MomentKernel& kernel_for(const SecondMomentParams& p, Precision precision, MomentFamily family, const Gpu& gpu) {
-  if (family == MomentFamily::by_rule && gpu.sm90 && fits_sm90(p)) {
-    const bool single = p.d <= 128;
-    return p.dtype == DType::float32 ? sm90_float32_kernel(single, precision) : sm90_16bit_kernel(single, p.dtype);
-  }
+  if (family == MomentFamily::by_rule)
+    family = by_rule(gpu.major, gpu.minor, gpu.sm90 && sm90::boxes_fit(p), p.dtype, precision);
+  if (family == MomentFamily::sm90)
+    return p.dtype == DType::float32 ? sm90_float32_kernel(precision) : sm90_16bit_kernel(p.dtype);
   const int tile = tile_for(p.d);
-  const bool fast_tf32 = (gpu.major == 8 && gpu.minor == 0) || gpu.major == 9 || gpu.major == 10;
-  const bool plain_float32 = p.dtype == DType::float32 && precision == Precision::fp32;
-  const bool simt = gpu.major < 8 || (plain_float32 && !fast_tf32);
-  if (family == MomentFamily::simt || (family == MomentFamily::by_rule && simt)) return simt_kernel(tile, p.dtype);
+  if (family == MomentFamily::simt) return simt_kernel(tile, p.dtype);
   if (p.dtype == DType::float32) return sm80_float32_kernel(tile, precision);
   return sm80_16bit_kernel(tile, p.dtype);
 }
@@ -63,20 +66,25 @@ Choice choose(const SecondMomentParams& p, Precision precision, MomentFamily fam
   Choice choice;
   choice.kernel = &kernel_for(p, precision, family, gpu);
   choice.access = access_of(p, choice.kernel->copy_bytes);
+  if (choice.kernel->costs != nullptr) {
+    choice.clusters = sm90::make_cluster_plan(p.d, sm90::rows_of_boxes(p), gpu.multiprocessors, *choice.kernel->costs);
+    return choice;
+  }
   const int tile = choice.kernel->tile, side = (p.d + tile - 1) / tile;
   const int room = gpu.shared_bytes / (choice.kernel->shared_bytes + 1024);  // 1 KB of a block is the system's
   const int resident =
       room < choice.kernel->blocks_per_multiprocessor ? room : choice.kernel->blocks_per_multiprocessor;
-  // Clusters do not cross the parts that a GPU is built of, so some multiprocessors may stay without one: 4 of 132.
-  const int multiprocessors = gpu.multiprocessors - (choice.kernel->cluster > 1 ? gpu.multiprocessors / 32 : 0);
-  const int places = multiprocessors * (resident > 0 ? resident : 1) / choice.kernel->cluster;
-  const bool boxes = choice.kernel->boxes;
-  choice.plan = make_plan(side, boxes ? sm90::rows_of_boxes(p) : p.images * p.height * p.width, places > 0 ? places : 1,
+  choice.plan = make_plan(side, p.images * p.height * p.width, gpu.multiprocessors * (resident > 0 ? resident : 1),
                           choice.kernel->work_on_diagonal);
   return choice;
 }
 
 }  // namespace
+
+const char* second_moment_family(int major, int minor, bool sm90, DType dtype, Precision precision) {
+  const MomentFamily family = by_rule(major, minor, sm90, dtype, precision);
+  return family == MomentFamily::sm90 ? "sm90" : family == MomentFamily::sm80 ? "sm80" : "simt";
+}
 
 Status second_moment_workspace(const SecondMomentParams& params, Precision precision, MomentFamily family, int device,
                                std::size_t* bytes) {
@@ -90,7 +98,7 @@ Status second_moment_workspace(const SecondMomentParams& params, Precision preci
     const Choice choice = choose(p, precision, family, gpu);
     const std::size_t tile = choice.kernel->tile;
     const std::size_t needed =
-        choice.plan.blocks() * tile * tile * sizeof(Pair) + (choice.kernel->scaled ? p.d * sizeof(std::uint32_t) : 0);
+        choice.blocks() * tile * tile * sizeof(Pair) + (choice.kernel->scaled ? p.d * sizeof(std::uint32_t) : 0);
     if (needed > *bytes) *bytes = needed;
     return {};
   });
@@ -114,10 +122,11 @@ Status second_moment_cuda(const SecondMomentParams& params, Precision precision,
         choice.access,
         p.dtype,
         choice.plan,
+        choice.clusters,
         pairs,
         moment,
         stream,
-        choice.kernel->scaled ? reinterpret_cast<std::uint32_t*>(pairs + choice.plan.blocks() * tile * tile) : nullptr};
+        choice.kernel->scaled ? reinterpret_cast<std::uint32_t*>(pairs + choice.blocks() * tile * tile) : nullptr};
     cudaError_t error = choice.kernel->partial(launch);
     if (error == cudaSuccess) error = choice.kernel->reduce(launch);
     return cuda_status(error, "second moment", device);

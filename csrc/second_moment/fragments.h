@@ -77,7 +77,7 @@ struct MmaTile {
             warp % kWarpsAcross * kWarpColumns + across / 4 * kGroup + channel_in<kSize>(pair + which % 2, across % 4)};
   }
   // Sums lie in the workspace one after the other, each of all threads.
-  static PYREWRITE_BOTH TileElement coordinates(int position, bool /* on the diagonal */ = false) {
+  static PYREWRITE_BOTH TileElement coordinates(int position) {
     const int thread = position % kThreads, sum = position / kThreads;
     return element(thread, sum / (4 * kAcross), sum / 4 % kAcross, sum % 4);
   }

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "second_moment/schedule.h"
+#include "second_moment/sm90_layout.h"
 
 namespace pyrewrite {
 
@@ -18,7 +18,8 @@ struct MomentLaunch {
   Access access;
   DType dtype;
   Plan plan;
-  Pair* workspace;  // plan.blocks() x tile * tile, in the order of the kernel's threads
+  sm90::ClusterPlan clusters;  // instead, for the kernels of 9.0
+  Pair* workspace;             // blocks x tile * tile, in the order of the kernel's threads
   MomentView moment;
   cudaStream_t stream;
   // float32 input as scaled half numbers: of every channel the largest magnitude in some rows, the bits of a float. The
@@ -35,9 +36,8 @@ struct MomentKernel {
   int shared_bytes;                             // of a block
   cudaError_t (*partial)(const MomentLaunch&);  // the blocks' partial sums
   cudaError_t (*reduce)(const MomentLaunch&);   // their sums, added to the moment
-  int cluster = 1;                              // blocks that compute a tile together
   bool scaled = false;                          // needs peaks
-  bool boxes = false;                           // copies boxes, which do not cross images
+  const sm90::Costs* costs = nullptr;           // copies boxes, which do not cross images, and has a ClusterPlan
 };
 
 // float32 arithmetic of the ordinary units; any GPU. tile: 64 or 128.
@@ -46,8 +46,8 @@ const MomentKernel& simt_kernel(int tile, DType dtype);
 const MomentKernel& sm80_float32_kernel(int tile, Precision precision);
 const MomentKernel& sm80_16bit_kernel(int tile, DType dtype);
 // Tensor cores of 9.0a, and whether this build has code for them that the current device can run.
-const MomentKernel& sm90_float32_kernel(bool single, Precision precision);
-const MomentKernel& sm90_16bit_kernel(bool single, DType dtype);
+const MomentKernel& sm90_float32_kernel(Precision precision);
+const MomentKernel& sm90_16bit_kernel(DType dtype);
 bool sm90_is_built();
 
 }  // namespace pyrewrite

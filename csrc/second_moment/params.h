@@ -27,9 +27,13 @@ Status second_moment_cpu(const SecondMomentParams& params, double* total, int th
 // fp32: products and sums as good as float32 arithmetic. tf32: the factors may be rounded to 10 fraction bits.
 enum class Precision : int { fp32 = 0, tf32 = 1 };
 
-// Which kernels. By rule: the fastest for the GPU and the input (dispatch.cu); a named family is for tests and
-// measurements, and refused where the GPU has not what it needs.
-enum class MomentFamily : int { by_rule = 0, simt = 1, sm80 = 2 };
+// Which kernels. By rule: the fastest for the GPU and the input (dispatch.cu); simt and sm80 may be named, for tests
+// and measurements, and are refused where the GPU has not what they need.
+enum class MomentFamily : int { by_rule = 0, simt = 1, sm80 = 2, sm90 = 3 };
+
+// The name of the family that a GPU takes by rule; sm90: it is one of 9.0, its kernels are built, and they fit the
+// input.
+const char* second_moment_family(int major, int minor, bool sm90, DType dtype, Precision precision);
 
 // d x d float64 with any strides, in elements.
 struct MomentView {

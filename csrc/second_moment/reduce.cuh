@@ -1,6 +1,8 @@
 // Adds the blocks' partial sums of every element in a fixed order, and the result to both halves of the moment.
 #pragma once
 
+#include <type_traits>
+
 #include "second_moment/elements.cuh"
 #include "second_moment/launch.h"
 
@@ -34,20 +36,18 @@ __device__ double sum_again(const Source& source, int i, int j, int lane) {
   return total;
 }
 
-// A block 32 elements of a tile, as they lie in the workspace. Traits::coordinates(position) says which of the tile.
-// A sum that is not finite is computed again in float64: the tensor cores' split of a float32 makes NaN of an infinity,
-// and float32 sums may overflow where float64 ones do not.
-template <typename Traits, typename T>
+// A block 32 elements of a tile, as they lie in the workspace. Sums::element says which of the moment; below the
+// diagonal or beyond d there is none. A sum that is not finite is computed again in float64: the tensor cores' split of
+// a float32 makes NaN of an infinity, and float32 sums may overflow where float64 ones do not.
+template <typename Sums, typename Plan, typename T>
 __global__ void __launch_bounds__(32 * kReduceGroups)
-    reduce_kernel(const __grid_constant__ Source source, const Plan plan, const Pair* workspace,
+    reduce_kernel(const __grid_constant__ Source source, const __grid_constant__ Plan plan, const Pair* workspace,
                   const std::uint32_t* peaks, MomentView moment) {
-  constexpr int kElements = Traits::kTile * Traits::kTile;
   __shared__ double sums[kReduceGroups][32];
   const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
   const int tile = blockIdx.y, position = blockIdx.x * 32 + lane;
-  const TriangleTile at = plan.place(tile);
-  const TileElement element = Traits::coordinates(position, at.row == at.column);
-  const int i = at.row * Traits::kTile + element.row, j = at.column * Traits::kTile + element.column;
+  const TileElement element = Sums::element(plan, tile, position, source.d);
+  const int i = element.row, j = element.column;
   const bool mine = i <= j && j < source.d;
   const int parts = plan.parts_of(tile), share = (parts + kReduceGroups - 1) / kReduceGroups;
   const int first = group * share, last = mine ? min(first + share, parts) : 0;
@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(32 * kReduceGroups)
 #pragma unroll 4
   for (int part = first; part < last; ++part) {
     const Pair pair =
-        workspace[static_cast<std::int64_t>(plan.first_of(tile) + part * plan.step_of(tile)) * kElements + position];
+        workspace[static_cast<std::int64_t>(plan.first_of(tile) + part * plan.step_of(tile)) * Sums::kElements +
+                  position];
     total += static_cast<double>(pair.sum) + pair.rest;
   }
   sums[group][lane] = total;
@@ -79,21 +80,35 @@ __global__ void __launch_bounds__(32 * kReduceGroups)
   if (i != j) moment.data[j * moment.row_stride + i * moment.column_stride] += total;
 }
 
-template <typename Traits, typename T>
+template <typename Sums, typename T>
 cudaError_t reduce_typed(const MomentLaunch& launch) {
-  const dim3 grid(Traits::kTile * Traits::kTile / 32, launch.plan.tiles());
-  reduce_kernel<Traits, T><<<grid, 32 * kReduceGroups, 0, launch.stream>>>(launch.source, launch.plan, launch.workspace,
-                                                                           launch.peaks, launch.moment);
+  const auto& plan = Sums::plan(launch);
+  const auto kernel = reduce_kernel<Sums, std::decay_t<decltype(plan)>, T>;
+  kernel<<<dim3(Sums::kElements / 32, plan.tiles()), 32 * kReduceGroups, 0, launch.stream>>>(
+      launch.source, plan, launch.workspace, launch.peaks, launch.moment);
   return cudaGetLastError();
 }
-template <typename Traits>
+template <typename Sums>
 cudaError_t reduce_16bit(const MomentLaunch& launch) {
-  return launch.dtype == DType::float16 ? reduce_typed<Traits, __half>(launch)
-                                        : reduce_typed<Traits, __nv_bfloat16>(launch);
+  return launch.dtype == DType::float16 ? reduce_typed<Sums, __half>(launch)
+                                        : reduce_typed<Sums, __nv_bfloat16>(launch);
 }
+
+// Sums of square tiles, where Traits::coordinates finds them.
+template <typename Traits>
+struct TileSums {
+  static constexpr int kElements = Traits::kTile * Traits::kTile;
+  static const Plan& plan(const MomentLaunch& launch) { return launch.plan; }
+  static __device__ __forceinline__ TileElement element(const Plan& plan, int tile, int position, int /* d */) {
+    const TriangleTile at = plan.place(tile);
+    const TileElement element = Traits::coordinates(position);
+    return {at.row * Traits::kTile + element.row, at.column * Traits::kTile + element.column};
+  }
+};
 template <typename Traits>
 cudaError_t reduce_partials(const MomentLaunch& launch) {
-  return launch.dtype == DType::float32 ? reduce_typed<Traits, float>(launch) : reduce_16bit<Traits>(launch);
+  return launch.dtype == DType::float32 ? reduce_typed<TileSums<Traits>, float>(launch)
+                                        : reduce_16bit<TileSums<Traits>>(launch);
 }
 
 }  // namespace pyrewrite

@@ -20,7 +20,7 @@ struct SimtTraits {
   // A thread's sums are four 4 x 4 squares, half a tile apart: the threads of a warp then read 16 bytes side by side.
   static PYREWRITE_BOTH int row(int thread, int i) { return i / 4 * (kTile / 2) + thread / kAcross * 4 + i % 4; }
   static PYREWRITE_BOTH int column(int thread, int j) { return j / 4 * (kTile / 2) + thread % kAcross * 4 + j % 4; }
-  static PYREWRITE_BOTH TileElement coordinates(int position, bool /* on the diagonal */) {
+  static PYREWRITE_BOTH TileElement coordinates(int position) {
     const int thread = position % kThreads, sum = position / kThreads;
     return {row(thread, sum / 8), column(thread, sum % 8)};
   }

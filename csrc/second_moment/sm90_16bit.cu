@@ -3,10 +3,8 @@
 
 namespace pyrewrite {
 
-const MomentKernel& sm90_16bit_kernel(bool single, DType dtype) {
-  using sm90::Boxes;
-  if (dtype == DType::float16) return single ? sm90::kSm90<Boxes, Fp16, true> : sm90::kSm90<Boxes, Fp16, false>;
-  return single ? sm90::kSm90<Boxes, Bf16, true> : sm90::kSm90<Boxes, Bf16, false>;
+const MomentKernel& sm90_16bit_kernel(DType dtype) {
+  return dtype == DType::float16 ? sm90::kSm90<sm90::Boxes, Fp16> : sm90::kSm90<sm90::Boxes, Bf16>;
 }
 
 bool sm90_is_built() {

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(256) peaks_kernel(const __grid_constant__ Sour
   if (peak > 0.f) atomicMax(peaks + channel, __float_as_uint(peak));
 }
 
-template <typename Input, bool kSingle>
+template <typename Input>
 cudaError_t launch_scaled(const MomentLaunch& launch) {
   const cudaError_t error = cudaMemsetAsync(launch.peaks, 0, launch.source.d * sizeof(std::uint32_t), launch.stream);
   if (error != cudaSuccess) return error;
@@ -32,25 +32,23 @@ cudaError_t launch_scaled(const MomentLaunch& launch) {
   kernel<<<dim3((launch.source.d + 31) / 32, kRuns / kRunsOfBlock), 256, 0, launch.stream>>>(launch.source,
                                                                                              launch.peaks);
   const cudaError_t launched = cudaGetLastError();
-  return launched == cudaSuccess ? sm90::launch_partials<Input, Fp16, kSingle>(launch) : launched;
+  return launched == cudaSuccess ? sm90::launch_partials<Input, Fp16>(launch) : launched;
 }
 
-template <typename Input, bool kSingle>
+template <typename Input>
 constexpr MomentKernel scaled() {
-  MomentKernel kernel = sm90::kSm90<Input, Fp16, kSingle>;
-  kernel.partial = launch_scaled<Input, kSingle>;
+  MomentKernel kernel = sm90::kSm90<Input, Fp16>;
+  kernel.partial = launch_scaled<Input>;
   return kernel;
 }
 
-template <typename Input, bool kSingle>
-constexpr MomentKernel kScaled = scaled<Input, kSingle>();
+template <typename Input>
+constexpr MomentKernel kScaled = scaled<Input>();
 
 }  // namespace
 
-const MomentKernel& sm90_float32_kernel(bool single, Precision precision) {
-  using sm90::Halves;
-  if (precision == Precision::tf32) return single ? kScaled<Halves<1>, true> : kScaled<Halves<1>, false>;
-  return single ? kScaled<Halves<2>, true> : kScaled<Halves<2>, false>;
+const MomentKernel& sm90_float32_kernel(Precision precision) {
+  return precision == Precision::tf32 ? kScaled<sm90::Halves<1>> : kScaled<sm90::Halves<2>>;
 }
 
 }  // namespace pyrewrite

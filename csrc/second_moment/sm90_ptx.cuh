@@ -23,15 +23,6 @@ __device__ __forceinline__ std::uint32_t in_block(std::uint32_t address, int blo
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
   return there;
 }
-// Likewise as a pointer: the stores to other blocks need one, and making it once is cheaper than at every store.
-__device__ __forceinline__ std::uint64_t pointer_in_block(std::uint32_t address, int block) {
-  std::uint64_t there;
-  asm volatile("{\n.reg .b64 own;\ncvt.u64.u32 own, %1;\ncvta.shared.u64 own, own;\nmapa.u64 %0, own, %2;\n}"
-               : "=l"(there)
-               : "r"(address), "r"(block));
-  return there;
-}
-
 __device__ __forceinline__ void barrier_init(std::uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -41,44 +32,37 @@ __device__ __forceinline__ void barrier_init_done() {
 __device__ __forceinline__ void barrier_expect(std::uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Barriers of any block, addresses from in_block. `kPublish`: what this warp wrote to other blocks' memory by ordinary
-// stores is seen by who waits likewise; this costs a fence of the whole GPU, which copies in hardware do not need.
-template <bool kPublish>
+// Barriers of any block, addresses from in_block.
 __device__ __forceinline__ void barrier_arrive(std::uint32_t barrier) {
-  if constexpr (kPublish)
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-  else
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-template <bool kPublished>
 __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, int phase) {
-  if constexpr (kPublished)
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
-        "r"(phase)
-        : "memory");
-  else
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
-        "r"(phase)
-        : "memory");
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
+      "r"(phase)
+      : "memory");
 }
 
-// What was written to this block's shared memory before is seen by matrix products that come after. Who writes and who
-// multiplies both call it; the same for the memory of the whole cluster would be a fence of the GPU.
+// What this thread wrote to this block's shared memory is seen by matrix products that begin after a barrier. (The same
+// for the memory of the whole cluster would be a fence of the GPU.)
 __device__ __forceinline__ void fence_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Eight bytes to `to` + kOffset, here or in another block.
-template <int kOffset>
-__device__ __forceinline__ void store_pair(std::uint32_t to, const std::uint32_t (&words)[2]) {
-  asm volatile("st.shared.v2.b32 [%0 + %3], {%1, %2};" ::"r"(to), "r"(words[0]), "r"(words[1]), "n"(kOffset)
-               : "memory");
+__device__ __forceinline__ float2 load_two(std::uint32_t from) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(from) : "memory");
+  return value;
 }
-template <int kOffset>
-__device__ __forceinline__ void store_pair_there(std::uint64_t to, const std::uint32_t (&words)[2]) {
-  asm volatile("st.v2.b32 [%0 + %3], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1]), "n"(kOffset) : "memory");
+__device__ __forceinline__ float4 load_four(std::uint32_t from) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(from)
+               : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_pair(std::uint32_t to, std::uint32_t first, std::uint32_t second) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(first), "r"(second) : "memory");
 }
 
 // A box of the map, from its coordinates on, to the same place of all `blocks`; each one's barrier counts its bytes.
@@ -109,10 +93,12 @@ __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// An operand of a matrix product: lines of 128 bytes in groups of eight, 1024 bytes apart, turned by their number.
-// Where channels lie side by side the next 64 of them are a unit further.
+// An operand of a matrix product: lines of kLineBytes in groups of eight, their granules turned by the number of the
+// 128 bytes that they lie in. Where channels lie side by side (lines of 128) the next 64 of them are a unit further.
+template <int kLineBytes>
 __device__ __forceinline__ std::uint64_t operand(std::uint32_t address, int next_unit) {
-  return (std::uint64_t{1} << 62) | (std::uint64_t{1024 / 16} << 32) |
+  static_assert(kLineBytes == 128 || kLineBytes == 64, "lines");
+  return (std::uint64_t{kLineBytes == 128 ? 1 : 2} << 62) | (std::uint64_t{8 * kLineBytes / 16} << 32) |
          (static_cast<std::uint64_t>(next_unit / 16) << 16) | ((address & 0x3ffff) >> 4);
 }
 
@@ -165,6 +151,27 @@ __device__ __forceinline__ void settle(float (&sums)[kCount]) {
 PYREWRITE_WGMMA(Fp16, "f16")
 PYREWRITE_WGMMA(Bf16, "bf16")
 #undef PYREWRITE_WGMMA
+
+// Likewise with `a` in registers: of a warp's 16 lines, line lane / 4 and the eighth after it at rows 2 * (lane % 4)
+// and the next, then both at rows 8 further. They must not change before the products are done.
+template <bool kByRow>
+__device__ __forceinline__ void multiply(float (&sums)[64], const std::uint32_t (&a)[4], std::uint64_t b, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" PYREWRITE_64
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
+      : PYREWRITE_F16(0), PYREWRITE_F16(16), PYREWRITE_F16(32), PYREWRITE_F16(48)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kByRow ? 1 : 0));
+}
+template <bool kByRow>
+__device__ __forceinline__ void multiply(float (&sums)[32], const std::uint32_t (&a)[4], std::uint64_t b, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" PYREWRITE_32
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"
+      : PYREWRITE_F16(0), PYREWRITE_F16(16)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kByRow ? 1 : 0));
+}
 #undef PYREWRITE_64
 #undef PYREWRITE_32
 #undef PYREWRITE_F16

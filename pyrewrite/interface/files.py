@@ -173,7 +173,7 @@ def _add(session: Session, patch: LowRankPatch, name: str, report: dict[str, Any
 def _check_latent(session: Session, w: Tensor) -> None:
     g = session.model.generator
     if not hasattr(g, "synthesis"):
-        raise EditError(f"pictures from w need a StyleGAN2; this is a {g.family}")
+        raise EditError(f"pictures from w need a StyleGAN2 or StyleGAN3; this is a {g.family}")
     if tuple(w.shape) not in ((g.w_dim,), (g.num_ws, g.w_dim)):
         raise EditError(f"w is {tuple(w.shape)}; expected {g.w_dim} numbers (W) or {g.num_ws} x {g.w_dim} (W+)")
 

@@ -87,9 +87,10 @@ def _prepare(name: str, weight: Tensor) -> Tensor | None:
     if not conv3x3_kernel_takes(weight):
         return None
     out, in_ = weight.shape[:2]
-    prepared = torch.empty(16 * out * in_, dtype=weight.dtype)
+    weight = weight.contiguous()
+    prepared = torch.empty(17 * out * in_, dtype=weight.dtype)
     prepare = getattr(_library.native(name), f"{name}_prepare")
-    prepare(weight.data_ptr(), weight.stride(), out, in_, prepared.data_ptr())
+    prepare(weight.data_ptr(), out, in_, prepared.data_ptr(), torch.get_num_threads())
     return prepared
 
 
@@ -224,7 +225,7 @@ def _ready(
         )
     if prepared is None:
         prepared = _prepare(name, weight)
-    elif tuple(prepared.shape) != (16 * weight[:, :, 0, 0].numel(),) or prepared.dtype != weight.dtype:
+    elif tuple(prepared.shape) != (17 * weight[:, :, 0, 0].numel(),) or prepared.dtype != weight.dtype:
         raise ValueError(
             f"{name}: prepared is {_shape(prepared)} of {prepared.dtype}, expected what prepare_{name} gives for a "
             f"weight of {_shape(weight)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ..ops import demodulation, insert_low_rank, insert_projected, solve_low_ran
 from ..statistics import LayerStatistics, SecondMoment, collect, top_images
 from .keys import context_directions, protected_subspace, unusual_units
 from .patch import LayerUpdate, LowRankPatch
-from .report import CHANGED, Report
+from .report import CHANGED, Clock, Report
 from .selection import Box, bounding_box, decode_mask, islands, mask_on_map
 from .targets import (
     Captured,
@@ -28,6 +27,7 @@ from .targets import (
     make_target,
     paste_target,
     paste_values,
+    share_clamped,
     value_of,
 )
 
@@ -149,7 +149,7 @@ class Rewriter:
         if not edits:
             raise EditError("no edit to solve: expected an Edit or a list of them")
         settings = self._settings(edits[0], preset, overrides)
-        clock = _Clock()
+        clock = Clock()
         wanted = [n for e in edits for n in _numbers(e, settings)]
         latents = {n: w for e in edits for n, w in e.latents.items()}
         captured = captured or self.capture(wanted, latents)
@@ -183,7 +183,7 @@ class Rewriter:
         settings = self._settings(edit, preset, overrides)
         if units < 1:
             raise EditError(f"units is {units}; expected a whole number of at least 1")
-        clock = _Clock()
+        clock = Clock()
         context = self._context(edit)
         whole = settings.crop == "alone"
         if settings.targets == "paste" and edit.paste is None:
@@ -220,7 +220,7 @@ class Rewriter:
     def zero(self, edit: Edit, **overrides) -> LowRankPatch:
         """The closed form of a removal: Delta W = -P_D W, the layer no longer answers to the context's directions."""
         settings = self._settings(edit, None, overrides)
-        clock = _Clock()
+        clock = Clock()
         context = self._context(edit)
         captured = self.capture([s.image for s in [*context, *edit.protect]], edit.latents)
         direction = self._directions(captured, context, settings, edit.protect)  # r x I
@@ -429,7 +429,7 @@ class Rewriter:
         captured: Captured,
         direction: Tensor,
         settings: Settings,
-        clock: _Clock,
+        clock: Clock,
         progress: Progress | None,
         impl: str | None,
         edits: Sequence[Edit],
@@ -513,6 +513,7 @@ class Rewriter:
             relative_size=float(patch.updates[0].delta().norm() / weight.detach().double().norm()),
             targets=losses,
             protected=self._protection(edits, captured, after, settings),
+            clamped=share_clamped(placed, after, self.generator.value_bound(self.layer)),
         )
 
     def _protection(
@@ -535,19 +536,6 @@ class Rewriter:
             "left_out": max(left_out for _, left_out in parts),
             "change": change / size if size > 0 else 0.0,
         }
-
-
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
 
 
 def _required(selection: Selection | None, field: str) -> Selection:

@@ -185,7 +185,7 @@ def test_several_pictures_at_once_and_none_for_a_generator_without_w(session, cl
     client.do("undo")
     assert client.state["brought"] == []
     other = Session(load_generator("peeps-progan"), samples=8, cache_dir=False, folder=tmp_path)
-    with pytest.raises(Refused, match="need a StyleGAN2; this is a progan"):
+    with pytest.raises(Refused, match="need a StyleGAN2 or StyleGAN3; this is a progan"):
         Client(other).do("upload", npy(np.zeros(32, np.float32)), kind="latent")
     other.close()
 

@@ -242,95 +242,132 @@ void coordinates(int tile) {
   inverse<Tile>(tile);
 }
 
-// A cluster's blocks: every unit that a block needs is copied there once, by one of them, and into the same slot as
-// everywhere else; what is computed covers the triangle once and reads nothing that is not there.
-void cluster(sm90::Shape shape, int row, int column, int d) {
+// The blocks of a shape: every unit that a block needs is copied there once, by one of them, and into the same slot as
+// everywhere else; nothing is read that is not there.
+void shape(sm90::Shape shape, int row, int column, int d) {
   using namespace sm90;
-  const Square square{shape, row, column, d};
-  const int blocks = blocks_of(shape), side = side_of(shape);
+  const int blocks = blocks_of(shape);
   std::vector<std::set<int>> slots(blocks);
   for (int block = 0; block < blocks; ++block) {
     CHECK(receivers_of(shape, block) >> block & 1);  // a block waits for the stages that it writes itself
-    for (int number = 0; number < 2; ++number) {
+    bool last = false;
+    for (int number = 0; number < kSlots; ++number) {
       const Share share = share_of(shape, block, number);
+      CHECK(!last || share.blocks == 0);  // the copies end with the first that is none
+      last = share.blocks == 0;
       for (int to = 0; to < blocks; ++to) {
         if (!(share.blocks >> to & 1)) continue;
         CHECK(senders_of(shape, to) >> block & 1);
-        CHECK(unit_in(shape, block, share.slot) == unit_in(shape, to, share.slot));
+        CHECK((Place{shape, block, row, column, d}.channel(share.slot) ==
+               Place{shape, to, row, column, d}.channel(share.slot)));
         CHECK(slots[to].insert(share.slot).second);
       }
     }
   }
-  std::vector<int> covered(side * side);
   for (int block = 0; block < blocks; ++block) {
+    const Place place{shape, block, row, column, d};
+    const Columns columns = columns_of(shape, block);
     int there = 0, bits = 0;
     for (int slot : slots[block]) {
       bits |= 1 << slot;
-      there += square.there(block, slot);
+      there += place.there(slot);
     }
     CHECK(bits == slots_of(shape, block));
-    CHECK(square.arriving(block) == there);
+    CHECK(place.arriving() == there && there > 0);
     for (int group = 0; group < kGroups; ++group) {
-      const GroupWork work = square.work(block, group);
+      const GroupWork work = place.work(group);
       CHECK(work.columns == 0 || work.columns == 64 || work.columns == 128);
       if (work.columns == 0) continue;
-      CHECK(slots[block].count(work.a) && square.there(block, work.a));
-      for (int unit = 0; unit < work.columns / kUnit; ++unit)
-        CHECK(slots[block].count(work.b + unit) && square.there(block, work.b + unit));
+      CHECK(slots[block].count(work.a) && place.there(work.a));
+      for (int unit = 0; unit < work.columns / kUnit; ++unit) {
+        const int slot = work.b + unit;
+        CHECK(slots[block].count(slot) && place.there(slot));
+        CHECK(columns.first <= slot && slot < columns.first + columns.count);
+      }
       for (int sum = 0; sum < work.columns / 2; ++sum)
         for (int thread = 0; thread < kGroupThreads; ++thread) {
-          const int position = first_position(block, group) + sum * kGroupThreads + thread;
-          CHECK(position < side * side);
-          const TileElement element = element_at(shape, position);
-          CHECK(element.row >= 0 && element.row < side && element.column >= 0 && element.column < side);
+          const int position = first_position(group) + sum * kGroupThreads + thread;
+          CHECK(position < kTile * kTile);
           // The row in the unit as the instruction has it: sixteen of a warp, a lane's at lane / 4 and eight below.
-          const int in_unit = thread / 32 * 16 + thread % 32 / 4 + sum % 4 / 2 * 8;
-          CHECK(row + element.row == square.channel(block, work.a) + in_unit);
-          CHECK(column + element.column == square.channel(block, work.b) + sum / 4 * 8 + thread % 4 * 2 + sum % 2);
-          ++covered[element.row * side + element.column];
+          // Paired, a lane brings channels 2 * (lane / 4) and the next as these rows.
+          const int line = thread % 32 / 4, lower = sum % 4 / 2, begin = place.channel(work.a) + thread / 32 * 16;
+          const int j = place.channel(work.b) + sum / 4 * 8 + thread % 4 * 2 + sum % 2;
+          const TileElement plain = place.element(position, false), paired = place.element(position, true);
+          CHECK(plain.row == begin + line + 8 * lower && plain.column == j);
+          CHECK(paired.row == begin + 2 * line + lower && paired.column == j);
         }
     }
   }
-  for (int i = 0; i < side; ++i)
-    for (int j = 0; j < side; ++j) {
-      const bool needed = row + i <= column + j && column + j < d;
-      CHECK(covered[i * side + j] <= 1 && covered[i * side + j] >= needed);
-    }
-  // The reduction reads positions of needed elements only, and finds each once.
-  std::vector<int> found(side * side);
-  for (int position = 0; position < side * side; ++position) {
-    const TileElement element = element_at(shape, position);
-    const int i = row + element.row, j = column + element.column;
-    if (i <= j && j < d) ++found[element.row * side + element.column];
+}
+
+// The triangle is covered once, by sums that are computed; all chunks of a tile are handed out once, to the blocks
+// whose parts the reduction adds; and no place of the GPU waits for long.
+void cluster_plan(int d, std::int64_t rows, int multiprocessors, const sm90::Costs& costs, double busy) {
+  using namespace sm90;
+  const ClusterPlan plan = make_cluster_plan(d, rows, multiprocessors, costs);
+  CHECK(plan.blocks() % plan.cluster == 0);
+  std::vector<std::vector<int>> seen(plan.tiles(), std::vector<int>(plan.chunks));
+  std::vector<std::set<int>> blocks(plan.tiles()), read(plan.tiles());
+  std::int64_t work_of_all = 0, longest = 0;
+  const int cost[] = {costs.square, costs.diagonal, costs.beside, costs.on};
+  for (int block = 0; block < plan.blocks(); ++block) {
+    const BlockWork work = plan.work(block);
+    int chunks = 0;
+    for (int chunk = work.first; chunk < plan.chunks; chunk += work.step, ++chunks) ++seen[work.tile][chunk];
+    CHECK(chunks > 0 || block >= plan.blocks() - 3);
+    if (chunks == 0) continue;
+    const Place place = plan.place(work.tile, d);
+    blocks[work.tile].insert(block);
+    work_of_all += std::int64_t{cost[static_cast<int>(place.shape)]} * chunks;
+    longest = std::max(longest, std::int64_t{cost[static_cast<int>(place.shape)]} * chunks);
+    // A cluster is whole, and its blocks are those of the shape.
+    if (is_shared(place.shape)) CHECK(plan.cluster == 4 && place.block == block % 4);
   }
-  for (int i = 0; i < side; ++i)
-    for (int j = 0; j < side; ++j) CHECK(found[i * side + j] == (row + i <= column + j && column + j < d));
+  std::vector<char> covered(d * d);
+  for (int tile = 0; tile < plan.tiles(); ++tile) {
+    for (int count : seen[tile]) CHECK(count == 1);
+    for (int part = 0; part < plan.parts_of(tile); ++part)
+      read[tile].insert(plan.first_of(tile) + part * plan.step_of(tile));
+    CHECK(read[tile] == blocks[tile]);
+    const Place place = plan.place(tile, d);
+    CHECK(place.there(place.work(0).a));
+    if (multiprocessors != 132) continue;
+    for (int position = 0; position < kTile * kTile; ++position) {
+      const TileElement element = place.element(position, rows % 2 == 0);
+      if (element.row > element.column || element.column >= d) continue;
+      CHECK(position / kGroupThreads % kSums < place.work(position / (kGroupThreads * kSums)).columns / 2);
+      CHECK(++covered[element.row * d + element.column] == 1);
+    }
+  }
+  if (multiprocessors == 132)
+    for (int i = 0; i < d; ++i)
+      for (int j = i; j < d; ++j) CHECK(covered[i * d + j] == 1);
+  if (rows < 1 << 20) return;
+  const std::int64_t places = plan.cluster == 1 ? 132 : 128, waves = (plan.blocks() + places - 1) / places;
+  CHECK(work_of_all > busy * places * waves * longest);
 }
 
 void clusters() {
-  for (int d : {8, 63, 64, 65, 100, 128}) cluster(sm90::Shape::single, 0, 0, d);
-  for (int d : {129, 192, 193, 256, 257, 300, 321, 385, 449, 512, 513, 1024})
-    for (int row = 0; row < d; row += 256)
-      for (int column = row; column < d; column += 256)
-        cluster(row == column ? sm90::Shape::on : sm90::Shape::beside, row, column, d);
-  const sm90::Square on = sm90::square_of({1, 1}, false, 600), beside = sm90::square_of({0, 2}, false, 600);
-  CHECK(on.shape == sm90::Shape::on && on.row == 256 && on.column == 256);
-  CHECK(beside.shape == sm90::Shape::beside && beside.row == 0 && beside.column == 512);
-  CHECK(sm90::square_of({0, 0}, true, 60).shape == sm90::Shape::single);
+  using sm90::Shape;
+  for (int d : {8, 63, 64, 65, 100, 128}) shape(Shape::on, 0, 0, d);
+  for (int d : {129, 192, 193, 256}) {
+    shape(Shape::beside, 0, 128, d);
+    shape(Shape::diagonal, 0, 0, d);
+  }
+  for (int d : {385, 449, 512}) shape(Shape::square, 0, 256, d);
+  const sm90::Costs together{160, 112, 160, 112}, apart{512, 0, 512, 400};
+  for (const sm90::Costs& costs : {together, apart}) {
+    for (int d : {8, 128, 129, 200, 256, 257, 300, 321, 384, 385, 512, 513, 640, 1000})
+      for (std::int64_t rows : {1, 700, 70000}) cluster_plan(d, rows, 132, costs, 0);
+    for (int d : {64, 300, 512, 1024, 2048, 4000})
+      for (int multiprocessors : {1, 7, 78, 114, 144}) cluster_plan(d, 3000, multiprocessors, costs, 0);
+    for (int d : {128, 256, 384, 512, 640, 1024, 2048}) cluster_plan(d, 1 << 20, 132, costs, 0.92);
+  }
 }
 
-// A warp stores eight bytes a lane: four numbers of two lines, all of each line. Eight granules of a column of eight
-// lines, which matrix instructions read together, lie in different banks as well.
+// Lines of 128 bytes as copies and products know them: eight granules of a column of eight lines lie in different
+// banks. What threads load and store of float32 input is counted where it runs (test_second_moment_traffic.py).
 void lines() {
-  for (int line = 0; line < sm90::kUnit; line += 2) {
-    std::set<int> granules;
-    for (int lane = 0; lane < 32; ++lane) {
-      const int at = sm90::turned(line + lane / 16, lane % 16 * 8);
-      CHECK(at / sm90::kLine == line + lane / 16 && at % 8 == 0);
-      granules.insert(at);
-    }
-    CHECK(granules.size() == 32 && *granules.rbegin() - *granules.begin() == 2 * sm90::kLine - 8);
-  }
   for (int first = 0; first < sm90::kUnit; first += 8)
     for (int byte = 0; byte < sm90::kLine; byte += 16) {
       std::vector<int> addresses;
@@ -364,6 +401,10 @@ void boxes() {
   CHECK(!sm90::boxes_fit(p));
   p = params(4, 64, 64, false), p.image_stride = 0;
   CHECK(!sm90::boxes_fit(p));
+  p = params(4, 100, 64, false), p.dtype = DType::float32;  // 128 rows for 100
+  CHECK(!sm90::boxes_fit(p));
+  p = params(4, 104, 64, false), p.dtype = DType::float32;
+  CHECK(sm90::boxes_fit(p) && sm90::rows_of_boxes(p) == 4 * 128);
 }
 
 void scales() {
