@@ -115,6 +115,7 @@ def measure(repeats: int) -> dict[str, list[float]]:
             client.ask("do", "undo")
             session.settle(600)
         client.ask("do", "set", steps=5001)
+        client.messages.clear()
         asked = client.send("do", "execute")
         client.wait(lambda m: m["type"] == "progress" and m["job"] is not None and m["job"]["step"] > 0)
         for number in range(200, 200 + repeats):
