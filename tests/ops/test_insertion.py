@@ -242,7 +242,7 @@ KERNEL_CASES = [
     {"o": 34, "rank": 40, "i": 40, "sizes": ((3, 60), (24, 64))},
     # directions that leave shared memory for 16 channels only, all maps there or in pieces
     {"o": 35, "rank": 33, "i": 40, "sizes": ((30, 100),), "demodulate": True},
-    {"o": 18, "rank": 64, "i": 70, "sizes": ((12, 36),) * 8, "demodulate": True},
+    {"o": 19, "rank": 64, "i": 70, "sizes": ((12, 36),) * 8, "demodulate": True},
     {"o": 5, "rank": 49, "i": 64, "sizes": ((5, 20), (2, 90)), "demodulate": True},
     {"o": 3, "rank": 62, "i": 64, "kernel": (1, 1), "sizes": ((1, 1), (128, 50)), "demodulate": True},
 ]
