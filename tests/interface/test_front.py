@@ -245,7 +245,15 @@ def test_nudges_faster_than_states_add_up(screen, session):
     screen.stroke(screen.tile(6), [(0.5, 0.4), (0.5, 0.6)])
     for action in ("copy", "paste"):
         screen.press(action)
-    screen.page.locator(".pyrewrite .paste .surface").focus()
+    until(lambda: session.document.paste is not None)
+    surface = screen.page.locator(".pyrewrite .paste .surface")
+
+    def focused():  # a box that has just come may be put in place once more
+        surface.focus()
+        screen.page.wait_for_timeout(200)
+        return surface.evaluate("e => e === document.activeElement")
+
+    until(focused)
     for _ in range(30):
         screen.page.keyboard.press("ArrowRight")
     until(lambda: 6 in session.document.places and session.document.places[6].dx == 30)
