@@ -72,7 +72,7 @@ def genforce_stylegan2(state, z, truncation=1.0):
     x, image, n = state["synthesis.early_layer.const"].expand(len(z), -1, -1, -1), None, 0
     while f"synthesis.layer{n}.weight" in state:
         x = lrelu(block(f"synthesis.layer{n}", x, True))
-        if n % 2 == 0:
+        if n % 2 == 0 and f"synthesis.output{n // 2}.weight" in state:
             colours = block(f"synthesis.output{n // 2}", x, False)
             if image is not None:
                 kernel = state["synthesis.upsample.kernel"][0, 0]

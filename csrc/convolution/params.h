@@ -27,8 +27,9 @@ struct Conv3x3Params {
 // Channels come in multiples of this, on every instruction set.
 constexpr int kConvChannels = 16;
 
-// weight: out x in x 3 x 3 with these strides, in elements -> prepared, 16 * out * in floats. Its order is private.
-void conv3x3_prepare_cpu(const float* weight, const std::int64_t strides[4], int out, int in, float* prepared);
+// weight: out x in x 3 x 3 -> prepared, 17 * out * in floats. Their order is private; the last out * in are the sums of
+// the squares of each filter's taps, for `demodulation_cpu`.
+Status conv3x3_prepare_cpu(const float* weight, int out, int in, float* prepared, int threads);
 Status conv3x3_cpu(const Conv3x3Params& params, int threads);
 
 // y = lrelu(out_scale * blur(conv_transpose(in_scale * x)) + bias + noise), channels last throughout. The transposed
@@ -48,23 +49,66 @@ struct UpConv3x3Params {
   float negative_slope;  // 1: no activation
 };
 
-void upconv3x3_prepare_cpu(const float* weight, const std::int64_t strides[4], int out, int in, float* prepared);
+Status upconv3x3_prepare_cpu(const float* weight, int out, int in, float* prepared, int threads);
 Status upconv3x3_cpu(const UpConv3x3Params& params, int threads);
 
-// The tiles of 2 x 2 outputs come in blocks: those of all images one after the other. An output's rounding does not
-// depend on the block, the batch or the threads.
-PYREWRITE_DECLARE_ISA(void, conv3x3_prepare,
-                      (const float* weight, const std::int64_t strides[4], int out, int in, float* prepared))
-PYREWRITE_DECLARE_ISA(std::int64_t, conv3x3_blocks, (const Conv3x3Params& params))
-PYREWRITE_DECLARE_ISA(std::int64_t, conv3x3_scratch, (const Conv3x3Params& params))
-PYREWRITE_DECLARE_ISA(void, conv3x3_block, (const Conv3x3Params& params, std::int64_t block, float* scratch))
+// The product of a part: some tiles of 2 x 2 outputs, those of all images one after the other, for some panels of
+// output channels. An output's rounding does not depend on the part, the batch or the threads.
+struct ConvPart {
+  std::int64_t first_tile, last_tile;
+  int first_panel, last_panel;
+};
 
-PYREWRITE_DECLARE_ISA(void, upconv3x3_prepare,
-                      (const float* weight, const std::int64_t strides[4], int out, int in, float* prepared))
-PYREWRITE_DECLARE_ISA(std::int64_t, upconv3x3_blocks, (const UpConv3x3Params& params))
+PYREWRITE_DECLARE_ISA(int, conv_panel, ())  // output channels in a panel
+PYREWRITE_DECLARE_ISA(void, conv3x3_prepare, (const float* weight, int out, int in, int panel, float* prepared))
+PYREWRITE_DECLARE_ISA(std::int64_t, conv3x3_tiles, (const Conv3x3Params& params))
+PYREWRITE_DECLARE_ISA(std::int64_t, conv3x3_scratch, (const Conv3x3Params& params))
+PYREWRITE_DECLARE_ISA(void, conv3x3_part, (const Conv3x3Params& params, const ConvPart& part, float* scratch))
+
+PYREWRITE_DECLARE_ISA(void, upconv3x3_prepare, (const float* weight, int out, int in, int panel, float* prepared))
+PYREWRITE_DECLARE_ISA(std::int64_t, upconv3x3_tiles, (const UpConv3x3Params& params))
 PYREWRITE_DECLARE_ISA(std::int64_t, upconv3x3_scratch, (const UpConv3x3Params& params))
-PYREWRITE_DECLARE_ISA(void, upconv3x3_block, (const UpConv3x3Params& params, std::int64_t block, float* scratch))
+PYREWRITE_DECLARE_ISA(void, upconv3x3_part, (const UpConv3x3Params& params, const ConvPart& part, float* scratch))
 // One row of the outputs: number row of batch x 2 height.
 PYREWRITE_DECLARE_ISA(void, upconv3x3_row, (const UpConv3x3Params& params, std::int64_t row, float* scratch))
+
+// y[b][o] = scale * (x[b] . weight[o]) + rate * bias[o], summed in double. x: batch x in, weight: out x in, bias: out,
+// y: batch x out.
+struct LinearParams {
+  const float *x, *weight, *bias;
+  float* y;
+  int batch, in, out;
+  double scale, rate;
+};
+
+// y[b][o] = gain * scale / sqrt(scale^2 * sum over i of style[b][i]^2 |filter of o and i|^2 + epsilon), summed in
+// double: what StyleGAN2 multiplies output o by. prepared: as made of the weight; style: batch x in, y: batch x out.
+struct DemodulationParams {
+  const float *prepared, *style;
+  float* y;
+  int batch, in, out;
+  double scale, epsilon, gain;
+};
+
+// y = clamped(matrix x + bias) + skip, each of its pixels four, by this filter. Rows of pixels x, planes of y and skip.
+struct ColoursParams {
+  const float* x;       // batch x height x width x in
+  const float* matrix;  // batch x channels x in
+  const float* bias;    // channels
+  const float* skip;    // batch x channels x height / 2 x width / 2, or null
+  const float* filter;  // 4 x 4: output 2 n + k - 1 takes filter[k] * skip[n] in each direction; null without skip
+  float* y;             // batch x channels x height x width
+  int batch, height, width, in, channels;
+  float clamp;  // infinity: none
+};
+
+void linear_cpu(const LinearParams& params);
+Status colours_cpu(const ColoursParams& params, int threads);
+Status demodulation_cpu(const DemodulationParams& params);
+
+PYREWRITE_DECLARE_ISA(void, linear_rows, (const LinearParams& params))
+PYREWRITE_DECLARE_ISA(void, demodulate, (const DemodulationParams& params))
+// One row of pixels: number row of batch x height.
+PYREWRITE_DECLARE_ISA(void, colours_row, (const ColoursParams& params, std::int64_t row))
 
 }  // namespace pyrewrite

@@ -98,9 +98,11 @@ void write_tile(const Conv3x3Params& p, const Tile& tile, int panel, const float
 
 }  // namespace
 
+int conv_panel() { return kPanel; }
+
 // Prepared: panel x point x in x kPanel, G g G^T of every filter g.
-void conv3x3_prepare(const float* weight, const std::int64_t strides[4], int out, int in, float* prepared) {
-  prepare_filters(weight, strides, out, in, prepared, [](const Vec g[9], Vec u[16]) {
+void conv3x3_prepare(const float* weight, int out, int in, int panel, float* prepared) {
+  prepare_filters(weight, out, in, panel, prepared, [](const Vec g[9], Vec u[16]) {
     Vec t[12];
     for (int c = 0; c < 3; ++c) {
       t[c] = g[c];
@@ -118,31 +120,38 @@ void conv3x3_prepare(const float* weight, const std::int64_t strides[4], int out
   });
 }
 
-std::int64_t conv3x3_blocks(const Conv3x3Params& p) { return (tiles_of(p) + kBlock - 1) / kBlock; }
+std::int64_t conv3x3_tiles(const Conv3x3Params& p) { return tiles_of(p); }
 
 std::int64_t conv3x3_scratch(const Conv3x3Params& p) {
-  return static_cast<std::int64_t>(kPoints) * kBlock * (p.in + kPanel) + p.in;
+  const Order order = order_of(p.in, p.out);
+  return order.tiles * (static_cast<std::int64_t>(kPoints) * p.in + kPoints * kPanel * order.panels) + p.in;
 }
 
-void conv3x3_block(const Conv3x3Params& p, std::int64_t block, float* scratch) {
-  const std::int64_t begin = block * kBlock, all = tiles_of(p);
-  const int count = static_cast<int>(all - begin < kBlock ? all - begin : kBlock);
-  float* inputs = scratch;                                                     // point x tile x in
-  float* sums = inputs + static_cast<std::int64_t>(kPoints) * kBlock * p.in;   // point x tile x kPanel
-  float* zeros = sums + static_cast<std::int64_t>(kPoints) * kBlock * kPanel;  // in
+void conv3x3_part(const Conv3x3Params& p, const ConvPart& part, float* scratch) {
+  const Order order = order_of(p.in, p.out);
+  const std::int64_t point = static_cast<std::int64_t>(order.tiles) * p.in, plane = order.tiles * kPanel;
+  const std::int64_t filter = static_cast<std::int64_t>(p.in) * kPanel;
+  float* zeros = scratch;                  // in
+  float* inputs = zeros + p.in;            // point x tile x in
+  float* sums = inputs + kPoints * point;  // panel x point x tile x kPanel
   for (int i = 0; i < p.in; ++i) zeros[i] = 0.f;
-  const std::int64_t point = static_cast<std::int64_t>(kBlock) * p.in;
-  for (int t = 0; t < count; ++t)
-    read_tile(p, tile_at(p, begin + t), zeros, inputs + static_cast<std::int64_t>(t) * p.in, point);
-  for (int panel = 0; panel < p.out / kPanel; ++panel) {
-    for (int n = 0; n < kPoints; ++n) {
-      const float* w = p.weight + (static_cast<std::int64_t>(panel) * kPoints + n) * p.in * kPanel;
-      float* to = sums + static_cast<std::int64_t>(n) * kBlock * kPanel;
-      multiply(inputs + n * point, w, p.in, count, to);
+  for (std::int64_t begin = part.first_tile; begin < part.last_tile; begin += order.tiles) {
+    const int count = static_cast<int>(part.last_tile - begin < order.tiles ? part.last_tile - begin : order.tiles);
+    Tile tiles[kMostTiles];
+    for (int t = 0; t < count; ++t) {
+      tiles[t] = tile_at(p, begin + t);
+      read_tile(p, tiles[t], zeros, inputs + static_cast<std::int64_t>(t) * p.in, point);
     }
-    for (int t = 0; t < count; ++t)
-      write_tile(p, tile_at(p, begin + t), panel, sums + static_cast<std::int64_t>(t) * kPanel,
-                 static_cast<std::int64_t>(kBlock) * kPanel);
+    for (int first = part.first_panel, last; first < part.last_panel; first = last) {
+      last = first + order.panels < part.last_panel ? first + order.panels : part.last_panel;
+      for (int n = 0; n < kPoints; ++n)
+        for (int panel = first; panel < last; ++panel)
+          multiply(inputs + n * point, p.weight + (static_cast<std::int64_t>(panel) * kPoints + n) * filter, p.in,
+                   count, sums + ((panel - first) * kPoints + n) * plane);
+      for (int panel = first; panel < last; ++panel)
+        for (int t = 0; t < count; ++t)
+          write_tile(p, tiles[t], panel, sums + (panel - first) * kPoints * plane + t * kPanel, plane);
+    }
   }
 }
 

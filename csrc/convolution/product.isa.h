@@ -11,9 +11,19 @@ namespace {
 constexpr int kVectors = kLanes == 16 ? 1 : 2;
 constexpr int kPanel = kVectors * kLanes;  // output channels a product makes at a time
 constexpr int kRows = 12 / kVectors;       // tiles a product makes at a time: 12 sums and the weights fit 16 registers
-constexpr int kBlock = 24;                 // tiles in a block
+constexpr int kMostTiles = 48;             // in a block
 constexpr int kPoints = 16;                // of a transformed tile, and of a transformed filter
 static_assert(kConvChannels % kPanel == 0 && kConvChannels % kLanes == 0, "channels come in whole panels");
+
+// How a part is done. With few channels the transformed inputs of a block stay in the second-level cache for all
+// panels, one after the other. With many, those of one point stay there, for all panels before the next point; a larger
+// block then reads the weights less often.
+struct Order {
+  int tiles;   // in a block
+  int panels;  // whose sums are made before any output is
+};
+
+inline Order order_of(int in, int out) { return in > 320 ? Order{kMostTiles, out / kPanel} : Order{24, 1}; }
 
 // sums[tile][kPanel] = sum over i of inputs[tile][i] * weights[i][kPanel] for R tiles
 template <int R>
@@ -46,27 +56,34 @@ inline void multiply(const float* inputs, const float* weights, int in, int coun
   for (; t < count; ++t) multiply_rows<1>(inputs + static_cast<std::int64_t>(t) * in, weights, in, sums + t * kPanel);
 }
 
-// weight: out x in x 3 x 3 with these strides -> prepared: panel x point x in x kPanel. transform(taps[9], points[16]).
+// weight: out x in x 3 x 3 -> of this panel of outputs, prepared: panel x point x in x kPanel, and after all panels
+// panel x in x kPanel, the sums of the squares of each filter's taps. transform(taps[9], points[16]).
 template <typename Transform>
-void prepare_filters(const float* weight, const std::int64_t strides[4], int out, int in, float* prepared,
-                     Transform transform) {
-  const std::int64_t point = static_cast<std::int64_t>(in) * kPanel;
-  for (int first = 0; first < out; first += kPanel)
-    for (int i = 0; i < in; ++i) {
-      float taps[9][kPanel];
-      for (int o = 0; o < kPanel; ++o) {
-        const float* w = weight + (first + o) * strides[0] + i * strides[1];
-        for (int r = 0; r < 3; ++r)
-          for (int c = 0; c < 3; ++c) taps[3 * r + c][o] = w[r * strides[2] + c * strides[3]];
-      }
-      float* to = prepared + first * static_cast<std::int64_t>(kPoints) * in + static_cast<std::int64_t>(i) * kPanel;
+void prepare_filters(const float* weight, int out, int in, int panel, float* prepared, Transform transform) {
+  constexpr int kInputs = 4;  // at a time: a whole number of 4 x 4 transpositions
+  const std::int64_t point = static_cast<std::int64_t>(in) * kPanel, filters = 9 * static_cast<std::int64_t>(in);
+  weight += panel * kPanel * filters;
+  float* energy = prepared + kPoints * static_cast<std::int64_t>(out) * in + panel * point;
+  prepared += panel * kPoints * point;
+  for (int i = 0; i < in; i += kInputs) {
+    float taps[9 * kInputs][kPanel];
+    for (int o = 0; o < kPanel; o += 4)
+      for (int n = 0; n < 9 * kInputs; n += 4)
+        transpose_4x4(weight + o * filters + 9 * static_cast<std::int64_t>(i) + n, filters, taps[n] + o, kPanel);
+    float points[kPoints][kInputs * kPanel];  // whole cache lines for each of the distant places that they go to
+    for (int j = 0; j < kInputs; ++j)
       for (int v = 0; v < kPanel; v += kLanes) {
-        Vec g[9], u[kPoints];
-        for (int n = 0; n < 9; ++n) g[n] = load(taps[n] + v);
+        Vec g[9], u[kPoints], total = {};
+        for (int n = 0; n < 9; ++n) g[n] = load(taps[9 * j + n] + v);
+        for (int n = 0; n < 9; ++n) total += g[n] * g[n];
         transform(g, u);
-        for (int n = 0; n < kPoints; ++n) store(to + n * point + v, u[n]);
+        store(energy + (i + j) * kPanel + v, total);
+        for (int n = 0; n < kPoints; ++n) store(points[n] + j * kPanel + v, u[n]);
       }
-    }
+    for (int n = 0; n < kPoints; ++n)
+      for (int k = 0; k < kInputs * kPanel; k += kLanes)
+        store(prepared + n * point + i * kPanel + k, load(points[n] + k));
+  }
 }
 
 inline Vec activated(Vec value, float negative_slope) {

@@ -94,8 +94,8 @@ void write_tile(const UpConv3x3Params& p, const Tile& tile, int panel, const flo
 }  // namespace
 
 // Prepared: panel x point x in x kPanel; the points are the taps w2, w0 + w2, w0, w1 in each direction.
-void upconv3x3_prepare(const float* weight, const std::int64_t strides[4], int out, int in, float* prepared) {
-  prepare_filters(weight, strides, out, in, prepared, [](const Vec g[9], Vec u[16]) {
+void upconv3x3_prepare(const float* weight, int out, int in, int panel, float* prepared) {
+  prepare_filters(weight, out, in, panel, prepared, [](const Vec g[9], Vec u[16]) {
     Vec t[12];
     for (int c = 0; c < 3; ++c) {
       t[c] = g[6 + c];
@@ -112,35 +112,43 @@ void upconv3x3_prepare(const float* weight, const std::int64_t strides[4], int o
   });
 }
 
-std::int64_t upconv3x3_blocks(const UpConv3x3Params& p) { return (tiles_of(p) + kBlock - 1) / kBlock; }
+std::int64_t upconv3x3_tiles(const UpConv3x3Params& p) { return tiles_of(p); }
 
 std::int64_t upconv3x3_scratch(const UpConv3x3Params& p) {
-  const std::int64_t block =
-      static_cast<std::int64_t>(kBlock) * (kPoints * p.in + kProducts * kProducts * kPanel) + p.in;
+  const Order order = order_of(p.in, p.out);
+  const std::int64_t sums = static_cast<std::int64_t>(kProducts) * kProducts * kPanel * order.panels;
+  const std::int64_t product = order.tiles * (static_cast<std::int64_t>(kPoints) * p.in + sums) + p.in;
   const std::int64_t row = (2 * static_cast<std::int64_t>(p.width) + 3) * p.out;
-  return block > row ? block : row;
+  return product > row ? product : row;
 }
 
-void upconv3x3_block(const UpConv3x3Params& p, std::int64_t block, float* scratch) {
-  const std::int64_t begin = block * kBlock, all = tiles_of(p);
-  const int count = static_cast<int>(all - begin < kBlock ? all - begin : kBlock);
-  const std::int64_t point = static_cast<std::int64_t>(kBlock) * p.in;
-  float* inputs = scratch;                                        // point x tile x in
-  float* sums = inputs + kPoints * point;                         // product x tile x kPanel
-  float* zeros = sums + kProducts * kProducts * kBlock * kPanel;  // in
+void upconv3x3_part(const UpConv3x3Params& p, const ConvPart& part, float* scratch) {
+  const Order order = order_of(p.in, p.out);
+  const std::int64_t point = static_cast<std::int64_t>(order.tiles) * p.in, plane = order.tiles * kPanel;
+  const std::int64_t filter = static_cast<std::int64_t>(p.in) * kPanel;
+  float* zeros = scratch;                  // in
+  float* inputs = zeros + p.in;            // point x tile x in
+  float* sums = inputs + kPoints * point;  // panel x product x tile x kPanel
   for (int i = 0; i < p.in; ++i) zeros[i] = 0.f;
-  for (int t = 0; t < count; ++t)
-    read_tile(p, tile_at(p, begin + t), zeros, inputs + static_cast<std::int64_t>(t) * p.in, point);
-  for (int panel = 0; panel < p.out / kPanel; ++panel) {
-    for (int r = 0; r < kProducts; ++r)
-      for (int c = 0; c < kProducts; ++c) {
-        const int filter = 4 * kFilterOf[r] + kFilterOf[c];
-        const float* w = p.weight + (static_cast<std::int64_t>(panel) * kPoints + filter) * p.in * kPanel;
-        multiply(inputs + (4 * kInputOf[r] + kInputOf[c]) * point, w, p.in, count,
-                 sums + (kProducts * r + c) * kBlock * kPanel);
-      }
-    for (int t = 0; t < count; ++t)
-      write_tile(p, tile_at(p, begin + t), panel, sums + t * kPanel, static_cast<std::int64_t>(kBlock) * kPanel);
+  for (std::int64_t begin = part.first_tile; begin < part.last_tile; begin += order.tiles) {
+    const int count = static_cast<int>(part.last_tile - begin < order.tiles ? part.last_tile - begin : order.tiles);
+    Tile tiles[kMostTiles];
+    for (int t = 0; t < count; ++t) {
+      tiles[t] = tile_at(p, begin + t);
+      read_tile(p, tiles[t], zeros, inputs + static_cast<std::int64_t>(t) * p.in, point);
+    }
+    for (int first = part.first_panel, last; first < part.last_panel; first = last) {
+      last = first + order.panels < part.last_panel ? first + order.panels : part.last_panel;
+      for (int r = 0; r < kProducts; ++r)
+        for (int c = 0; c < kProducts; ++c)
+          for (int panel = first; panel < last; ++panel)
+            multiply(inputs + (4 * kInputOf[r] + kInputOf[c]) * point,
+                     p.weight + (static_cast<std::int64_t>(panel) * kPoints + 4 * kFilterOf[r] + kFilterOf[c]) * filter,
+                     p.in, count, sums + (panel - first) * kProducts * kProducts * plane + (kProducts * r + c) * plane);
+      for (int panel = first; panel < last; ++panel)
+        for (int t = 0; t < count; ++t)
+          write_tile(p, tiles[t], panel, sums + (panel - first) * kProducts * kProducts * plane + t * kPanel, plane);
+    }
   }
 }
 

@@ -1,8 +1,8 @@
 // The insertion of several targets or many directions, on GPUs with clusters. A cluster of eight blocks owns 32 output
-// channels; each block computes all of them on an eighth of the pixels, so that the maps of those pixels stay in its
-// shared memory from the first step to the last and the matrix instruction's tiles are full. Both products of a step go
-// through the tensor cores. Then each block collects the gradient of four of the channels from the others, takes Adam's
-// step for them and sends the new Lambda to all. Clusters never wait for one another.
+// channels, or 16; each block computes all of them on an eighth of the pixels, so that the maps of those pixels stay in
+// its shared memory from the first step to the last and the matrix instruction's tiles are full. Both products of a
+// step go through the tensor cores. Then each block collects the gradient of an eighth of the channels from the others,
+// takes Adam's step for them and sends the new Lambda to all. Clusters never wait for one another.
 #include <cooperative_groups.h>
 #include <cuda_pipeline.h>
 
@@ -17,12 +17,15 @@ using T = ClusterTraits;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
+// Rows: tiles of 16 channels.
+template <int Rows>
 struct Worker {
+  static constexpr int kChannels = 16 * Rows;            // of a cluster
+  static constexpr int kOwned = kChannels / T::kBlocks;  // channels whose Adam a block does
+  static constexpr int kHeld = 2 * Rows;                 // rows of a product that a lane holds
+  static constexpr int kKeyTiles = 10 / Rows;            // eights of keys that a warp holds in the gradient's product
+  static_assert(T::kThreads / kOwned % 32 == 0, "whole warps for each owned channel");
+
   const InsertionProblem& p;
   const InsertionArrays& edit;
   const ClusterLayout& at;
@@ -39,9 +42,9 @@ struct Worker {
 
   __device__ float* floats(std::int64_t offset) const { return reinterpret_cast<float*>(shared + offset); }
   __device__ float& sum(int which, int of_warp, int c) const {
-    return floats(at.sums)[(which * T::kWarps + of_warp) * T::kChannels + c];
+    return floats(at.sums)[(which * T::kWarps + of_warp) * kChannels + c];
   }
-  // Channel of row `row` (0 ... 3) that this lane holds of a product: tiles of 16, halves of 8.
+  // Channel of row `row` (0 ... kHeld - 1) that this lane holds of a product: tiles of 16, halves of 8.
   __device__ int channel_of(int row) const { return row / 2 * 16 + row % 2 * 8 + lane / 4; }
   // Of a window's tap in the segment's map, in bytes.
   __device__ int tap_offset(const Segment& s, int tap) const {
@@ -125,32 +128,30 @@ struct Worker {
         put(at.gram + std::int64_t(n * rank + e) * at.position, d,
             e < p.rank && d < p.rank ? gram[e * p.rank + d] * scale : 0.f);
       }
-      for (int i = threadIdx.x; i < T::kChannels * at.keys; i += T::kThreads) {
+      for (int i = threadIdx.x; i < kChannels * at.keys; i += T::kThreads) {
         const int c = i / at.keys, key = key_of(p, i % at.keys);
-        cross[std::int64_t(n) * T::kChannels * at.keys + i] =
+        cross[std::int64_t(n) * kChannels * at.keys + i] =
             key >= 0 && first + c < p.channels ? edit.cross[(std::int64_t(b) * p.channels + first + c) * k + key] : 0.f;
       }
     }
   }
 
   // This block's own channels: Lambda (0), mean (1) or square (2) at padded key kk.
-  __device__ float& own(int which, int c, int kk) const {
-    return floats(at.own)[(which * T::kOwned + c) * at.keys + kk];
-  }
+  __device__ float& own(int which, int c, int kk) const { return floats(at.own)[(which * kOwned + c) * at.keys + kk]; }
 
   // Calls f(place in the problem's state, channel, padded key) for the real entries of the own channels.
   template <class F>
   __device__ void for_state(F f) const {
-    for (int i = threadIdx.x; i < T::kOwned * at.keys; i += T::kThreads) {
+    for (int i = threadIdx.x; i < kOwned * at.keys; i += T::kThreads) {
       const int c = i / at.keys, kk = i % at.keys, key = key_of(p, kk);
-      const int channel = first + block * T::kOwned + c;
+      const int channel = first + block * kOwned + c;
       if (key >= 0 && channel < p.channels) f(std::int64_t(channel) * p.rank * p.taps + key, c, kk);
     }
   }
 
   __device__ void load_state() const {
-    for (int i = threadIdx.x; i < 3 * T::kOwned * at.keys; i += T::kThreads) floats(at.own)[i] = 0.f;
-    if (threadIdx.x < T::kChannels) floats(at.demod)[threadIdx.x] = 1.f;
+    for (int i = threadIdx.x; i < 3 * kOwned * at.keys; i += T::kThreads) floats(at.own)[i] = 0.f;
+    if (threadIdx.x < kChannels) floats(at.demod)[threadIdx.x] = 1.f;
     __syncthreads();
     for_state([&](std::int64_t from, int c, int kk) {
       own(0, c, kk) = edit.lambda[from];
@@ -170,12 +171,12 @@ struct Worker {
   // -- products -------------------------------------------------------------------------------------------------------
 
   // 16 keys from kk of Lambda, all channels: hi and lo of both tiles.
-  __device__ void load_lambda(int kk, unsigned (&hi)[2][4], unsigned (&lo)[2][4]) const {
+  __device__ void load_lambda(int kk, unsigned (&hi)[Rows][4], unsigned (&lo)[Rows][4]) const {
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < Rows; ++m) {
       const unsigned row = address + at.lambda + (m * 16 + lane % 16) * at.lambda_row + (kk + lane / 16 * 8) * 2;
       load_matrices(hi[m], row);
-      load_matrices(lo[m], row + T::kChannels * at.lambda_row);
+      load_matrices(lo[m], row + kChannels * at.lambda_row);
     }
   }
 
@@ -188,28 +189,28 @@ struct Worker {
       const int tap = pair * 16 / rank, e = pair * 16 % rank;
       const unsigned row =
           address + at.gram + (n * rank + e + lane % 8) * at.position + lane / 16 * rank * 2 + lane / 8 % 2 * 16;
-      float acc[2][2][4] = {};
+      float acc[2][Rows][4] = {};
       for (int d = 0; d < rank; d += 16) {
-        unsigned hi[2][4], lo[2][4];
+        unsigned hi[Rows][4], lo[Rows][4];
         load_lambda(tap * rank + d, hi, lo);
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) {
           unsigned b[4];
           load_matrices(b, row + tile * 8 * at.position + d * 2);
 #pragma unroll
-          for (int m = 0; m < 2; ++m) multiply_split(acc[tile][m], hi[m], lo[m], b);
+          for (int m = 0; m < Rows; ++m) multiply_split(acc[tile][m], hi[m], lo[m], b);
         }
       }
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
         const int kk = pair * 16 + tile * 8 + lane % 4 * 2;
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
+        for (int r = 0; r < kHeld; ++r) {
           const int c = channel_of(r);
           const float scale = floats(at.inverse)[c] * inverse_gram;
           const float* product = acc[tile][r / 2] + r % 2 * 2;
           const float2 crosses =
-              *reinterpret_cast<const float2*>(cross + (std::int64_t(n) * T::kChannels + c) * at.keys + kk);
+              *reinterpret_cast<const float2*>(cross + (std::int64_t(n) * kChannels + c) * at.keys + kk);
           f(r, kk, make_float2(product[0] * scale, product[1] * scale), crosses);
         }
       }
@@ -218,23 +219,23 @@ struct Worker {
 
   // demod of segment n's target, all channels. Two barriers.
   __device__ void demodulate(int n) const {
-    float norm2[4] = {};
+    float norm2[kHeld] = {};
     for_products(n, [&](int r, int kk, float2 product, float2 crosses) {
       const int c = channel_of(r);
       const char* row = shared + at.lambda + c * at.lambda_row + kk * 2;
       const float2 hi = __half22float2(*reinterpret_cast<const __half2*>(row));
-      const float2 lo = __half22float2(*reinterpret_cast<const __half2*>(row + T::kChannels * at.lambda_row));
+      const float2 lo = __half22float2(*reinterpret_cast<const __half2*>(row + kChannels * at.lambda_row));
       const float inverse = floats(at.inverse)[c];
       norm2[r] += (2.f * crosses.x + product.x) * ((hi.x + lo.x) * inverse) +
                   (2.f * crosses.y + product.y) * ((hi.y + lo.y) * inverse);
     });
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < kHeld; ++r) {
       norm2[r] = quad_sum(norm2[r]);
       if (lane % 4 == 0) sum(0, warp, channel_of(r)) = norm2[r];
     }
     __syncthreads();
-    if (threadIdx.x < T::kChannels) {
+    if (threadIdx.x < kChannels) {
       const int c = threadIdx.x;
       float total = 0.f;
       for (int w = 0; w < T::kWarps; ++w) total += sum(0, w, c);
@@ -248,9 +249,10 @@ struct Worker {
   // Value, sign and dloss / dz of `Groups` groups of pixels: group `group` of the chunk that begins at pixel `chunk` of
   // the segment, and those a whole round of warps further.
   template <int Groups>
-  __device__ void forward(const Segment& s, int chunk, int group, float (&by_demod)[4], float (&loss)[4]) const {
+  __device__ void forward(const Segment& s, int chunk, int group, float (&by_demod)[kHeld],
+                          float (&loss)[kHeld]) const {
     constexpr int kTiles = 2 * Groups;
-    float acc[kTiles][2][4] = {}, base[kTiles][2][4], goal[kTiles][2][4];
+    float acc[kTiles][Rows][4] = {}, base[kTiles][Rows][4], goal[kTiles][Rows][4];
     unsigned keys[kTiles];
     const int* places = reinterpret_cast<const int*>(shared + at.places) + s.pixel;
     const int start = p.starts[s.target];
@@ -260,7 +262,7 @@ struct Worker {
       pixel[tile] = (group + tile / 2 * T::kWarps) * T::kGroup + tile % 2 * 8;
       keys[tile] = address + at.map + places[chunk + pixel[tile] + lane % 8] + lane / 16 * rank * 2 + lane / 8 % 2 * 16;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < 4 * Rows; ++i) {
         // Read now, used after the product: the memory has all its time to answer.
         const int c = first + i / 4 * 16 + i % 4 / 2 * 8 + lane / 4;
         const int u = min(s.begin + chunk + pixel[tile] + lane % 4 * 2 + i % 2, s.end - 1);
@@ -272,20 +274,20 @@ struct Worker {
     for (int tap = 0; tap < p.taps; ++tap) {
       const int offset = tap_offset(s, tap);
       for (int d = 0; d < rank; d += 16) {
-        unsigned hi[2][4], lo[2][4];
+        unsigned hi[Rows][4], lo[Rows][4];
         load_lambda(tap * rank + d, hi, lo);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           unsigned b[4];
           load_matrices(b, keys[tile] + offset + d * 2);
 #pragma unroll
-          for (int m = 0; m < 2; ++m) multiply_split(acc[tile][m], hi[m], lo[m], b);
+          for (int m = 0; m < Rows; ++m) multiply_split(acc[tile][m], hi[m], lo[m], b);
         }
       }
     }
-    float demod[4], bias[4], scale[4];
+    float demod[kHeld], bias[kHeld], scale[kHeld];
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < kHeld; ++r) {
       const int c = channel_of(r);
       demod[r] = floats(at.demod)[c];
       bias[r] = first + c < p.channels ? edit.bias[first + c] : 0.f;
@@ -301,7 +303,7 @@ struct Worker {
         weight[i] = u + i < s.end ? edit.weight[start + u + i] / p.channels : 0.f;
       }
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
+      for (int r = 0; r < kHeld; ++r) {
         Split by[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -314,7 +316,7 @@ struct Worker {
         }
         char* to = shared + at.by + channel_of(r) * at.by_row + local * 2;
         *reinterpret_cast<unsigned*>(to) = pack(by[0].hi, by[1].hi);
-        *reinterpret_cast<unsigned*>(to + T::kChannels * at.by_row) = pack(by[0].lo, by[1].lo);
+        *reinterpret_cast<unsigned*>(to + kChannels * at.by_row) = pack(by[0].lo, by[1].lo);
       }
     }
   }
@@ -322,43 +324,43 @@ struct Worker {
   // gradient += demod dloss/dz keys^T over `groups` groups of pixels from `chunk` on; `fresh`: = instead. A key tile is
   // one warp's, and every warp has as many as another, or one less.
   __device__ void accumulate(const Segment& s, int chunk, int groups, bool fresh) const {
-    const int tiles = at.keys / 8, rounds = (tiles + T::kWarps * T::kKeyTiles - 1) / (T::kWarps * T::kKeyTiles);
+    const int tiles = at.keys / 8, rounds = (tiles + T::kWarps * kKeyTiles - 1) / (T::kWarps * kKeyTiles);
     const int* places = reinterpret_cast<const int*>(shared + at.places) + s.pixel + chunk + lane % 16;
     const float unscale = 1.f / (by_scale * map_scale);
     for (int round = 0; round < rounds; ++round) {
       const int begin = tiles * round / rounds, here = tiles * (round + 1) / rounds - begin;
       const int count = here / T::kWarps + (warp < here % T::kWarps);
       const int tile = begin + here / T::kWarps * warp + min(warp, here % T::kWarps);
-      float acc[T::kKeyTiles][2][4] = {};
-      int offset[T::kKeyTiles];
+      float acc[kKeyTiles][Rows][4] = {};
+      int offset[kKeyTiles];
 #pragma unroll
-      for (int j = 0; j < T::kKeyTiles; ++j) {
+      for (int j = 0; j < kKeyTiles; ++j) {
         const int kk = (tile + j) * 8;
         offset[j] = j < count ? tap_offset(s, kk / rank) + kk % rank * 2 : 0;
       }
       for (int group = 0; group < groups; ++group) {
-        unsigned hi[2][4], lo[2][4];
+        unsigned hi[Rows][4], lo[Rows][4];
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
+        for (int m = 0; m < Rows; ++m) {
           const unsigned row = address + at.by + (m * 16 + lane % 16) * at.by_row + (group * 16 + lane / 16 * 8) * 2;
           load_matrices(hi[m], row);
-          load_matrices(lo[m], row + T::kChannels * at.by_row);
+          load_matrices(lo[m], row + kChannels * at.by_row);
         }
         const unsigned keys = address + at.map + places[group * T::kGroup] + lane / 16 * rank * 2;
 #pragma unroll
-        for (int j = 0; j < T::kKeyTiles; ++j) {
+        for (int j = 0; j < kKeyTiles; ++j) {
           if (j >= count) break;
           unsigned b[4];
           load_matrices_transposed(b, keys + offset[j]);
 #pragma unroll
-          for (int m = 0; m < 2; ++m) multiply_split(acc[j][m], hi[m], lo[m], b);
+          for (int m = 0; m < Rows; ++m) multiply_split(acc[j][m], hi[m], lo[m], b);
         }
       }
 #pragma unroll
-      for (int j = 0; j < T::kKeyTiles; ++j) {
+      for (int j = 0; j < kKeyTiles; ++j) {
         if (j >= count) break;
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
+        for (int r = 0; r < kHeld; ++r) {
           const int c = channel_of(r);
           const float scale = floats(at.demod)[c] * unscale;
           float2* to = gradient_at(c, (tile + j) * 8 + lane % 4 * 2);
@@ -375,16 +377,16 @@ struct Worker {
   }
 
   // d demod / d Lambda = -demod^3 (cross + gram Lambda). One barrier.
-  __device__ void finish_segment(int n, const float (&by_demod)[4]) const {
-    float by_norm[4];
+  __device__ void finish_segment(int n, const float (&by_demod)[kHeld]) const {
+    float by_norm[kHeld];
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < kHeld; ++r) {
       by_norm[r] = quad_sum(by_demod[r]);
       if (lane % 4 == 0) sum(1, warp, channel_of(r)) = by_norm[r];
     }
     __syncthreads();
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < kHeld; ++r) {
       const float demod = floats(at.demod)[channel_of(r)];
       by_norm[r] = 0.f;
       for (int w = 0; w < T::kWarps; ++w) by_norm[r] += sum(1, w, channel_of(r));
@@ -400,14 +402,14 @@ struct Worker {
   __device__ void run_pixels() const {
     if (share.count == 0) {
       float4* zero = reinterpret_cast<float4*>(shared + at.gradient);
-      for (int i = threadIdx.x; i < T::kChannels * at.gradient_row / 4; i += T::kThreads)
+      for (int i = threadIdx.x; i < kChannels * at.gradient_row / 4; i += T::kThreads)
         zero[i] = make_float4(0, 0, 0, 0);
     }
-    float loss[4] = {};
+    float loss[kHeld] = {};
     for (int n = 0; n < share.count; ++n) {
       const Segment& s = share.segments[n];
       const int all = groups_of(s.end - s.begin);
-      float by_demod[4] = {};
+      float by_demod[kHeld] = {};
       if (p.demodulate) demodulate(n);
       for (int piece = 0; piece < all; piece += s.piece) {
         const int end = min(piece + s.piece, all);
@@ -436,7 +438,7 @@ struct Worker {
       if (p.demodulate) finish_segment(n, by_demod);
     }
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < kHeld; ++r) {
       loss[r] = quad_sum(loss[r]);
       if (lane % 4 == 0) sum(0, warp, channel_of(r)) = loss[r];
     }
@@ -445,19 +447,20 @@ struct Worker {
   __device__ void store_loss(double* to) const {
     if (warp != 0) return;
     float part = 0.f;
-    for (int w = 0; w < T::kWarps; ++w) part += sum(0, w, lane);
-    double total = first + lane < p.channels ? part : 0.f;
+    if (lane < kChannels && first + lane < p.channels)
+      for (int w = 0; w < T::kWarps; ++w) part += sum(0, w, lane);
+    double total = part;
     for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
     if (lane == 0) *to = total;
   }
 
   // -- Adam -----------------------------------------------------------------------------------------------------------
 
-  static constexpr int kShare = T::kThreads / T::kOwned;  // threads of an own channel
+  static constexpr int kShare = T::kThreads / kOwned;  // threads of an own channel
 
   // The whole gradient of the own channels, in their rows of this block's gradient: no other block reads those.
   __device__ void collect(const cg::cluster_group& cluster) const {
-    const int c = threadIdx.x / kShare, row = block * T::kOwned + c, channel = first + row;
+    const int c = threadIdx.x / kShare, row = block * kOwned + c, channel = first + row;
     const float scale =
         edit.penalty_scale != nullptr && channel < p.channels ? edit.penalty_scale[channel] * (2.f / p.channels) : 0.f;
     for (int kk = threadIdx.x % kShare * 4; kk < at.keys; kk += kShare * 4) {
@@ -483,7 +486,7 @@ struct Worker {
 
   __device__ void update(const AdamStep& adam) const {
     const int c = threadIdx.x / kShare;
-    const float* gradient = floats(at.gradient) + (block * T::kOwned + c) * at.gradient_row;
+    const float* gradient = floats(at.gradient) + (block * kOwned + c) * at.gradient_row;
     for (int kk = threadIdx.x % kShare; kk < at.keys; kk += kShare)
       if (kk % rank < p.rank)
         own(0, c, kk) = adam_step<ScalarOps>(own(0, c, kk), gradient[kk], own(1, c, kk), own(2, c, kk), adam);
@@ -491,7 +494,7 @@ struct Worker {
 
   // Sends Lambda of the own channels to all blocks. One barrier.
   __device__ void publish(const cg::cluster_group& cluster) const {
-    const int c = threadIdx.x / kShare, row = block * T::kOwned + c;
+    const int c = threadIdx.x / kShare, row = block * kOwned + c;
     float most = 0.f;
     for (int kk = threadIdx.x % kShare; kk < at.keys; kk += kShare) most = fmaxf(most, fabsf(own(0, c, kk)));
     for (int step = 16; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
@@ -510,7 +513,7 @@ struct Worker {
       for (int other = 0; other < T::kBlocks; ++other) {
         char* there = cluster.map_shared_rank(to, other);
         *reinterpret_cast<uint2*>(there) = hi;
-        *reinterpret_cast<uint2*>(there + T::kChannels * at.lambda_row) = lo;
+        *reinterpret_cast<uint2*>(there + kChannels * at.lambda_row) = lo;
       }
     }
     if (threadIdx.x % kShare < T::kBlocks)
@@ -520,6 +523,7 @@ struct Worker {
 
 #endif
 
+template <int Rows>
 __global__ void __launch_bounds__(T::kThreads, 1)
     cluster_kernel(const __grid_constant__ InsertionProblem p, const __grid_constant__ ClusterLayout at) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -531,21 +535,22 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   if (threadIdx.x == 0) share_of(p, block, at.room, share);
   __syncthreads();
   const InsertionArrays& edit = p.edits[blockIdx.y];
-  Worker worker = {p,
-                   edit,
-                   at,
-                   share,
-                   shared,
-                   static_cast<unsigned>(__cvta_generic_to_shared(shared)),
-                   edit.scratch + scratch_cross(at, p, blockIdx.x),
-                   gram_scale,
-                   static_cast<int>(blockIdx.x) / T::kBlocks * T::kChannels,
-                   block,
-                   rank,
-                   static_cast<int>(threadIdx.x) / 32,
-                   static_cast<int>(threadIdx.x) % 32,
-                   edit.scratch[2 * block],
-                   edit.scratch[2 * block + 1]};
+  using Work = Worker<Rows>;
+  Work worker = {p,
+                 edit,
+                 at,
+                 share,
+                 shared,
+                 static_cast<unsigned>(__cvta_generic_to_shared(shared)),
+                 edit.scratch + scratch_cross(at, p, blockIdx.x),
+                 gram_scale,
+                 static_cast<int>(blockIdx.x) / T::kBlocks * Work::kChannels,
+                 block,
+                 rank,
+                 static_cast<int>(threadIdx.x) / 32,
+                 static_cast<int>(threadIdx.x) % 32,
+                 edit.scratch[2 * block],
+                 edit.scratch[2 * block + 1]};
   worker.start_maps();
   worker.load_places();
   worker.load_demodulation(gram_scale);
@@ -574,25 +579,12 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 }  // namespace
 
 cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(cluster_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute shape{};
-  shape.id = cudaLaunchAttributeClusterDimension;
-  shape.val.clusterDim.x = T::kBlocks;
-  shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(plan.blocks, edits);
-  config.blockDim = T::kThreads;
-  config.dynamicSmemBytes = plan.shared_bytes;
-  config.stream = stream;
-  config.attrs = &shape;
-  config.numAttrs = 1;
-  int segments = 0;
-  const ClusterLayout at = common_layout(p, plan.shared_bytes, &segments);
+  const auto kernel = plan.channels_per_block == 32 ? cluster_kernel<2> : cluster_kernel<1>;
+  int segments = 0, piece = 0;
+  const ClusterLayout at = common_layout(p, plan.channels_per_block, plan.shared_bytes, &segments, &piece);
   const cudaError_t packed = launch_cluster_maps(p, at, edits, stream);
   if (packed != cudaSuccess) return packed;
-  return cudaLaunchKernelEx(&config, cluster_kernel, p, at);
+  return launch_in_clusters(kernel, T::kBlocks, T::kThreads, p, plan, at, edits, stream);
 }
 
 }  // namespace pyrewrite

@@ -9,20 +9,18 @@ namespace pyrewrite {
 
 // The sizes that the cluster kernel is compiled for.
 struct ClusterTraits {
-  static constexpr int kBlocks = 8;     // of a cluster: the most that every GPU with clusters allows
-  static constexpr int kChannels = 32;  // of a cluster
+  static constexpr int kBlocks = 8;  // of a cluster: the most that every GPU with clusters allows
   static constexpr int kThreads = 256;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kGroup = 16;      // pixels of a group: the inner extent of the gradient's matrix product
   static constexpr int kWarpGroups = 2;  // that a warp takes through the forward product together
   static constexpr int kChunkGroups = kWarps * kWarpGroups;
   static constexpr int kChunk = kChunkGroups * kGroup;  // pixels between two barriers
-  static constexpr int kOwned = kChannels / kBlocks;    // channels whose Adam a block does
-  static constexpr int kKeyTiles = 5;                   // eights of keys that a warp holds in the gradient's product
   static constexpr int kMostSegments = 16;
   static constexpr int kMostRank = 64;
-  static_assert(kChannels == 2 * 16, "two tiles of the matrix instruction");
-  static_assert(kThreads % kOwned == 0 && kThreads / kOwned % 32 == 0, "whole warps for each owned channel");
+  // Channels of a cluster: two tiles of the matrix instruction, or one where Lambda and its gradient leave too little
+  // shared memory for the maps.
+  static constexpr int kChannels[] = {32, 16};
 };
 
 // Consecutive pixels of one target that one block computes: begin ... end - 1 of target `target`.
@@ -106,6 +104,7 @@ __host__ __device__ inline void share_of(const InsertionProblem& p, int block, i
 // Offsets in bytes. A number that the tensor cores read is two halves, hi + lo. Rows that they read eight of at a time
 // are an odd number of 16-byte pieces long, so that eight consecutive ones lie in different banks.
 struct ClusterLayout {
+  int channels;            // of a cluster
   int position;            // bytes of a map position, or of a row of gram: padded rank halves hi, as many lo, 16 bytes
   int keys;                // K, with the padded rank
   int lambda_row, by_row;  // bytes of a channel's row of Lambda, and of dloss / dz over a chunk
@@ -116,11 +115,12 @@ struct ClusterLayout {
 };
 
 // positions: of maps in shared memory.
-__host__ __device__ inline ClusterLayout cluster_layout(const InsertionProblem& p, int positions, int segments,
-                                                        int pixels) {
+__host__ __device__ inline ClusterLayout cluster_layout(const InsertionProblem& p, int channels, int positions,
+                                                        int segments, int pixels) {
   using T = ClusterTraits;
   const int rank = padded_rank(p.rank);
   ClusterLayout at{};
+  at.channels = channels;
   at.position = rank * 4 + 16;
   at.keys = rank * p.taps;
   at.lambda_row = at.keys * 2 + 16;
@@ -129,14 +129,14 @@ __host__ __device__ inline ClusterLayout cluster_layout(const InsertionProblem& 
   at.map = 0;                                                                              // positions
   at.gram = at.map + std::int64_t(positions) * at.position;                                // segments x rank rows
   at.lambda = at.gram + (p.demodulate ? std::int64_t(segments) * rank * at.position : 0);  // hi, lo: channels rows
-  at.by = at.lambda + 2 * std::int64_t(T::kChannels) * at.lambda_row;                      // hi, lo: channels rows
-  at.gradient = at.by + 2 * std::int64_t(T::kChannels) * at.by_row;         // channels x gradient_row floats
-  at.own = at.gradient + 4 * std::int64_t(T::kChannels) * at.gradient_row;  // Lambda, mean, square: owned x keys floats
-  at.places = at.own + 3 * 4 * std::int64_t(T::kOwned) * at.keys;           // of each pixel in the map, in bytes
-  at.inverse = at.places + 4 * std::int64_t(pixels);                        // of Lambda's scale: channels floats
-  at.demod = at.inverse + 4 * T::kChannels;                                 // channels floats
-  at.sums = at.demod + 4 * T::kChannels;                                    // 2 x warps x channels floats
-  at.size = at.sums + 2 * 4 * T::kWarps * T::kChannels;
+  at.by = at.lambda + 2 * std::int64_t(channels) * at.lambda_row;                          // hi, lo: channels rows
+  at.gradient = at.by + 2 * std::int64_t(channels) * at.by_row;         // channels x gradient_row floats
+  at.own = at.gradient + 4 * std::int64_t(channels) * at.gradient_row;  // Lambda, mean, square: owned x keys floats
+  at.places = at.own + 3 * 4 * std::int64_t(channels / T::kBlocks) * at.keys;  // of each pixel in the map, in bytes
+  at.inverse = at.places + 4 * std::int64_t(pixels);                           // of Lambda's scale: channels floats
+  at.demod = at.inverse + 4 * channels;                                        // channels floats
+  at.sums = at.demod + 4 * channels;                                           // 2 x warps x channels floats
+  at.size = at.sums + 2 * 4 * T::kWarps * channels;
   return at;
 }
 
@@ -146,33 +146,16 @@ __host__ __device__ inline std::int64_t scratch_map(const ClusterLayout& at, int
   return 2 * ClusterTraits::kBlocks + std::int64_t(block) * at.packed * (at.position / 4);
 }
 __host__ __device__ inline std::int64_t scratch_cross(const ClusterLayout& at, const InsertionProblem& p, int block) {
-  return scratch_map(at, ClusterTraits::kBlocks) +
-         std::int64_t(block) * p.segments * ClusterTraits::kChannels * at.keys;
+  return scratch_map(at, ClusterTraits::kBlocks) + std::int64_t(block) * p.segments * at.channels * at.keys;
 }
 
 // The layout with each part at the size of the largest block's, so that all blocks have the same offsets; `size` is 0
-// where the problem does not take this form. Maps that do not fit `shared_bytes` are read a piece at a time.
-ClusterLayout common_layout(const InsertionProblem& p, std::int64_t shared_bytes, int* segments);
+// where the problem does not take this form. Maps that do not fit `shared_bytes` are read a piece at a time. piece: the
+// fewest groups of a piece that is not a segment's last.
+ClusterLayout common_layout(const InsertionProblem& p, int channels, std::int64_t shared_bytes, int* segments,
+                            int* piece);
 
 // Computes the maps of all blocks of a cluster, for each edit, into scratch.
 cudaError_t launch_cluster_maps(const InsertionProblem& p, const ClusterLayout& at, int edits, cudaStream_t stream);
-
-// The power of two that brings numbers up to `largest` below 2^14: halves then hold them to 22 bits.
-__host__ __device__ inline float half_scale(float largest) {
-  int exponent = 0;
-  if (largest > 0.f) {
-#if defined(__CUDA_ARCH__)
-    exponent = 13 - ((__float_as_int(largest) >> 23 & 255) - 127);
-#else
-    exponent = 13 - __builtin_ilogbf(largest);
-#endif
-  }
-  exponent = exponent > 100 ? 100 : exponent < -100 ? -100 : exponent;
-#if defined(__CUDA_ARCH__)
-  return __int_as_float((exponent + 127) << 23);
-#else
-  return __builtin_ldexpf(1.f, exponent);
-#endif
-}
 
 }  // namespace pyrewrite

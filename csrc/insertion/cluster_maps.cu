@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(T::kThreads)
 // The largest part of a block: what common_layout makes room for.
 struct Extent {
   int segments = 0, positions = 0, pixels = 0;
+  int piece = 1 << 30;  // of the block with the smallest
 };
 
 bool measure(const InsertionProblem& p, int room, Extent* most) {
@@ -92,6 +93,10 @@ bool measure(const InsertionProblem& p, int room, Extent* most) {
     most->segments = share.count > most->segments ? share.count : most->segments;
     most->positions = share.positions > most->positions ? share.positions : most->positions;
     most->pixels = share.pixels > most->pixels ? share.pixels : most->pixels;
+    for (int n = 0; n < share.count; ++n) {
+      const Segment& s = share.segments[n];
+      if (s.piece < groups_of(s.end - s.begin) && s.piece < most->piece) most->piece = s.piece;
+    }
   }
   return true;
 }
@@ -103,33 +108,42 @@ std::int64_t room_in(const InsertionDevice& device) {
 
 }  // namespace
 
-ClusterLayout common_layout(const InsertionProblem& p, std::int64_t shared_bytes, int* segments) {
+ClusterLayout common_layout(const InsertionProblem& p, int channels, std::int64_t shared_bytes, int* segments,
+                            int* piece) {
   Extent most;
   if (!measure(p, 0, &most)) return {};
   *segments = most.segments;
-  ClusterLayout at = cluster_layout(p, most.positions, most.segments, most.pixels);
+  *piece = most.piece;
+  ClusterLayout at = cluster_layout(p, channels, most.positions, most.segments, most.pixels);
   if (at.size > shared_bytes) {
-    const std::int64_t left = shared_bytes - cluster_layout(p, 0, most.segments, most.pixels).size;
+    const std::int64_t left = shared_bytes - cluster_layout(p, channels, 0, most.segments, most.pixels).size;
     const int room = left > 0 ? static_cast<int>(left / at.position) : 0;
     if (room == 0 || !measure(p, room, &most)) return {};
-    at = cluster_layout(p, room, most.segments, most.pixels);
+    at = cluster_layout(p, channels, room, most.segments, most.pixels);
     at.room = room;
+    *piece = most.piece;
   }
   at.packed = most.positions;
   return at;
 }
 
-// A GPU with clusters, a rank up to 64, and a map of at least one group of pixels that fits a block's shared memory.
+// A GPU with clusters, a rank up to 64, and a map of at least one group of pixels that fits a block's shared memory. As
+// many channels a cluster as leave each warp a group of every piece; else as few as there are.
 InsertionPlan plan_cluster(const InsertionProblem& p, const InsertionDevice& device) {
   InsertionPlan plan{};
   if (device.major < 9 || p.rank > T::kMostRank) return plan;
-  const ClusterLayout at = common_layout(p, room_in(device), &plan.segments);
-  if (at.size == 0) return plan;
-  plan.blocks = plan.loss_rows = (p.channels + T::kChannels - 1) / T::kChannels * T::kBlocks;
-  plan.channels_per_block = T::kChannels;
-  plan.shared_bytes = static_cast<int>(at.size);
-  plan.scratch_floats = scratch_map(at, T::kBlocks);
-  if (p.demodulate) plan.scratch_floats += std::int64_t(plan.blocks) * plan.segments * T::kChannels * at.keys;
+  for (const int channels : T::kChannels) {
+    int piece = 0, segments = 0;
+    const ClusterLayout at = common_layout(p, channels, room_in(device), &segments, &piece);
+    if (at.size == 0) continue;
+    plan.blocks = plan.loss_rows = (p.channels + channels - 1) / channels * T::kBlocks;
+    plan.channels_per_block = channels;
+    plan.segments = segments;
+    plan.shared_bytes = static_cast<int>(at.size);
+    plan.scratch_floats = scratch_map(at, T::kBlocks);
+    if (p.demodulate) plan.scratch_floats += std::int64_t(plan.blocks) * segments * channels * at.keys;
+    if (piece >= T::kWarps) break;
+  }
   return plan;
 }
 

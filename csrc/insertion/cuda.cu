@@ -115,10 +115,13 @@ struct Choice {
   cudaError_t (*launch)(const InsertionProblem&, const InsertionPlan&, int edits, cudaStream_t);
 };
 
-// The rule: the kernel for one small target with few directions where it takes the problem; else that of clusters where
-// the GPU has them and it takes the problem; else the general one. It looks at the shape of an edit alone.
+// The rule: where the GPU has clusters, the kernel for one direction on a larger target where it takes the problem;
+// else that for one small target with few directions; else that of clusters for the rest; else the general one. It
+// looks at the shape of an edit and its activation alone.
 Choice choose(const InsertionProblem& p, const InsertionDevice& device) {
-  InsertionPlan plan = plan_resident(p, device);
+  InsertionPlan plan = plan_unfolded(p, device);
+  if (plan.blocks > 0) return {plan, launch_unfolded};
+  plan = plan_resident(p, device);
   if (plan.blocks > 0) return {plan, launch_resident};
   plan = plan_cluster(p, device);
   if (plan.blocks > 0) return {plan, launch_cluster};

@@ -63,6 +63,10 @@ cudaError_t launch_general(const InsertionProblem& p, const InsertionPlan& plan,
 InsertionPlan plan_resident(const InsertionProblem& p, const InsertionDevice& device);
 cudaError_t launch_resident(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream);
 
+// One larger target, one direction, on a GPU with clusters.
+InsertionPlan plan_unfolded(const InsertionProblem& p, const InsertionDevice& device);
+cudaError_t launch_unfolded(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream);
+
 // Several targets or many directions, on a GPU with clusters.
 InsertionPlan plan_cluster(const InsertionProblem& p, const InsertionDevice& device);
 cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream);
@@ -88,6 +92,34 @@ __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
   return x;
+}
+
+// The sum over four lanes side by side.
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// Starts kernel(p, at) in clusters of `size` blocks.
+template <class Layout>
+cudaError_t launch_in_clusters(void (*kernel)(InsertionProblem, Layout), int size, int threads,
+                               const InsertionProblem& p, const InsertionPlan& plan, const Layout& at, int edits,
+                               cudaStream_t stream) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute shape{};
+  shape.id = cudaLaunchAttributeClusterDimension;
+  shape.val.clusterDim.x = size;
+  shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(plan.blocks, edits);
+  config.blockDim = threads;
+  config.dynamicSmemBytes = plan.shared_bytes;
+  config.stream = stream;
+  config.attrs = &shape;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, p, at);
 }
 
 }  // namespace

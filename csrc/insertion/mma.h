@@ -23,11 +23,32 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsig
                : "memory");
 }
 
+__device__ __forceinline__ void load_two_matrices(unsigned (&r)[2], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_two_matrices_transposed(unsigned (&r)[2], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(address)
+               : "memory");
+}
+
 // c (16 x 8) += a (16 x 16) b (16 x 8)
 __device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c (16 x 8) += a (16 x 8) b (8 x 8)
+__device__ __forceinline__ void multiply_eight(float (&c)[4], unsigned a0, unsigned a1, unsigned b) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(b));
 }
 
 // b: hi in b[0], b[1], lo in b[2], b[3]. The small products first.
@@ -36,6 +57,12 @@ __device__ __forceinline__ void multiply_split(float (&c)[4], const unsigned (&h
   multiply(c, lo, b[0], b[1]);
   multiply(c, hi, b[2], b[3]);
   multiply(c, hi, b[0], b[1]);
+}
+
+// The power of two that brings numbers up to `largest` below 2^14: halves then hold them to 22 bits.
+__device__ __forceinline__ float half_scale(float largest) {
+  const int exponent = largest > 0.f ? 13 - ((__float_as_int(largest) >> 23 & 255) - 127) : 0;
+  return __int_as_float((min(max(exponent, -100), 100) + 127) << 23);
 }
 
 struct Split {

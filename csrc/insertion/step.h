@@ -20,12 +20,19 @@ struct AdamStep {
 
 namespace {
 
+// What the pixel's value lacks to its goal, and the activation's slope there; the rest as in pixel_step.
+template <class Ops, class V>
+PYREWRITE_INLINE V pixel_difference(V y, V demod, V shift, V goal, V up, V down, V& factor) {
+  const V z = y * demod + shift;
+  factor = Ops::choose(z, up, down);
+  return z * factor - goal;
+}
+
 // The size of dloss / dz, and the difference whose sign it takes; the rest as in pixel_step.
 template <class Ops, class V>
 PYREWRITE_INLINE V pixel_size(V y, V demod, V shift, V goal, V weight, V up, V down, V& loss, V& difference) {
-  const V z = y * demod + shift;
-  const V factor = Ops::choose(z, up, down);
-  difference = z * factor - goal;
+  V factor;
+  difference = pixel_difference<Ops>(y, demod, shift, goal, up, down, factor);
   loss += weight * Ops::magnitude(difference);
   return weight * factor;
 }

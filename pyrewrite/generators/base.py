@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrewrite._memory import free_memory, is_out_of_memory, lowered
+from pyrewrite._memory import is_out_of_memory, lowered
 from pyrewrite.generators.network import Activation, EditableLayer, EditableNetwork
 
 # Image number n needs the first (n + 1) * z_dim draws of the random stream: a mistyped number must not run for hours.
@@ -407,7 +407,7 @@ class Generator(EditableNetwork):
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is at least 1, got {batch_size}")
         z = self.latents(numbers, seed)
-        step = batch_size or self._batch_size()
+        step = batch_size or self.batch_size()
         out = torch.empty(
             len(z), self.image_channels, self.image_size, self.image_size, dtype=self.dtype, device=self.device
         )
@@ -425,15 +425,6 @@ class Generator(EditableNetwork):
             if short:  # outside of the handler, which keeps what the failed batch held
                 step = lowered(count, self.device, "rendering", stacklevel=2)
         return out
-
-    def _batch_size(self) -> int:
-        """How many images to render at once: what a part of the free memory holds, several maps of each alive."""
-        sizes = [
-            32 * (layer.in_channels * layer.key_resolution**2 + layer.out_channels * layer.resolution**2)
-            for layer in self._layers.values()
-        ]
-        most = 16 if self.device.type == "cpu" else 32
-        return max(1, min(most, free_memory(self.device) // 4 // max([1, *sizes])))
 
     def unusual_picture(self, number: int = 0, seed: int = 1) -> str | None:
         """Render one picture without clamping and say in words what is wrong with its values; None if nothing is.

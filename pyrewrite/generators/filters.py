@@ -5,6 +5,8 @@ A filter is applied as a true convolution, as published: flipped, which matters 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +28,12 @@ def separated(kernel: Tensor) -> tuple[list[float], list[float]] | None:
     """kernel: fh x fw -> flipped, as factors: a vertical filter of fh numbers and a horizontal one of fw, whose outer
     product it is; None where there are none, as with a sum of zero.
     """
-    rows = kernel.flip(0, 1).double().tolist()
+    return _factors(tuple(map(tuple, kernel.tolist())))
+
+
+@functools.lru_cache(64)
+def _factors(kernel: tuple[tuple[float, ...], ...]) -> tuple[list[float], list[float]] | None:
+    rows = [row[::-1] for row in kernel[::-1]]
     vertical = [sum(row) for row in rows]
     columns = [sum(column) for column in zip(*rows, strict=True)]
     total = sum(vertical)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pyrewrite._memory import free_memory
 from pyrewrite.errors import UnknownLayerError
 
 if TYPE_CHECKING:
@@ -176,6 +177,20 @@ class EditableNetwork(nn.Module, abc.ABC):
     def has_settings(self, settings: Mapping[str, Any]) -> bool:
         """Whether these, as an edit record keeps them, are the settings here; what they do not say is the default."""
         return dict(settings) == self.settings()
+
+    def batch_size(self) -> int:
+        """How many images to run at once: what a part of the free memory holds, several maps of each alive."""
+        sizes = [
+            32 * (layer.in_channels * layer.key_resolution**2 + layer.out_channels * layer.resolution**2)
+            for layer in self._layers.values()
+        ]
+        most = 16 if self.device.type == "cpu" else 32
+        return max(1, min(most, free_memory(self.device) // 4 // max([1, *sizes])))
+
+    def value_bound(self, layer: str | EditableLayer) -> float | None:
+        """What the layer's values are clamped to, on both sides of 0, after what the solvers compute; None: nothing."""
+        self.find_layer(layer)
+        return None
 
     # -- identity ----------------------------------------------------
 

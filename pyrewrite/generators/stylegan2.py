@@ -27,6 +27,7 @@ from pyrewrite.ops.convolution import (
     prepare_upconv3x3,
     upconv3x3,
 )
+from pyrewrite.ops.modulation import colours, colours_kernel_takes, demodulated_scale
 
 if TYPE_CHECKING:
     from pyrewrite.ops.insertion import ConvLayer
@@ -96,12 +97,15 @@ class ToRGB(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, skip: Tensor | None) -> Tensor:
         """x: B x I x H x W, skip: B x C x H/2 x W/2 or None -> B x C x H x W"""
-        style = self.conv.modulation(w.double()).to(w.dtype) * self.conv.scale  # B x I
-        matrix = (self.conv.weight[0, :, :, 0, 0] * style[:, None]).to(x.dtype)  # B x C x I
-        rgb = torch.bmm(matrix, x.flatten(2)).unflatten(2, x.shape[2:]) + self.bias
+        style = self.conv.modulation.style(w) * self.conv.scale  # B x I
+        matrix = self.conv.weight[0, :, :, 0, 0] * style[:, None]  # B x C x I
+        kernel = self.upsample.kernel if hasattr(self, "upsample") else None
+        if colours_kernel_takes(x, matrix, bias := self.bias[0, :, 0, 0], skip, kernel):
+            return colours(x, matrix, bias, self.clamp, skip, kernel)
+        rgb = torch.bmm(matrix.to(x.dtype), x.flatten(2)).unflatten(2, x.shape[2:]) + self.bias
         if self.clamp is not None:
             rgb = rgb.clamp(-self.clamp, self.clamp)
-        return rgb if skip is None else rgb + upsampled_by_two(skip, self.upsample.kernel)
+        return rgb if skip is None else rgb + upsampled_by_two(skip, kernel)
 
 
 class SkipConv(nn.Module):
@@ -128,6 +132,7 @@ class StyleGAN2Shape:
     blurs      (height, width) of the filter of each up-sampling convolution
     upsamples  (height, width) of the filter of each skip connection, of colours or residual; none in "orig"
     labels     number of classes and width of their embedding; None for a generator without
+    joined     how the embedding is used: see `StyleBased`
     architecture  "skip": every block adds to the colours; "orig": only the last one makes them; "resnet": that too, and
                each block's input is added to what it puts out
     """
@@ -140,6 +145,7 @@ class StyleGAN2Shape:
     upsamples: tuple[tuple[int, int], ...]
     image_channels: int = 3
     labels: tuple[int, int] | None = None
+    joined: bool = False
     architecture: str = "skip"
 
 
@@ -185,7 +191,7 @@ class StyleGAN2(StyleBased):
     precisions = tuple(PRECISIONS)
 
     def __init__(self, shape: StyleGAN2Shape):
-        super().__init__(shape.mapping, shape.labels)
+        super().__init__(shape.mapping, shape.labels, shape.joined)
         style_dim = self.w_dim
         self.image_channels = shape.image_channels
         self.input = nn.Module()
@@ -268,32 +274,34 @@ class StyleGAN2(StyleBased):
         return self.input.input.expand(len(w), -1, -1, -1), _Carry(w, None, render)
 
     def _key(self, index: int, x: Tensor, carry: _Carry) -> tuple[Tensor, Tensor]:
-        style = self._style(self._styled(index).conv, style_number(carry.w, index))  # B x I
+        style = self._styled(index).conv.modulation.style(style_number(carry.w, index))  # B x I
         return (x * style[:, :, None, None]).contiguous(memory_format=torch.channels_last), style
 
     def _value(self, index: int, key: Tensor, style: Tensor) -> Tensor:
         styled = self._styled(index)
         conv, weight = styled.conv, styled.conv.weight[0]
-        scale, noise, bias = self._demodulation(conv, style), self._noise_of(index, len(key)), styled.activate.bias
-        if self._fuses(index) and noise.ndim == 2:
-            gain = self._gain(index)
-            return self._fused(index, key, _Constants(None, scale * gain, noise * gain, bias * gain, None))
+        if self._fuses(index) and self._noise_mode != "random":
+            return self._fused(index, key, self._constants_of(index, style)._replace(style=None))
         x = batch_independent(lambda x: self._convolved(conv, x, weight), key)
-        x = x * scale[:, :, None, None]
-        x = x + noise + bias[:, None, None]
+        x = x * demodulated_scale(weight, style, conv.scale, EPSILON)[:, :, None, None]
+        x = x + self._noise_of(index, len(key)) + styled.activate.bias[:, None, None]
         return self._clamped(index, F.leaky_relu(x, SLOPE) * self._gain(index))
 
     def _gain(self, index: int) -> float:
         """Of the activation; a block's last layer has half the energy where its input is added to it."""
         return 1.0 if self.skips is not None and index and index % 2 == 0 else GAIN
 
+    def value_bound(self, layer: str | EditableLayer) -> float | None:
+        return self._bound(self._index(layer))
+
+    def _bound(self, index: int) -> float | None:
+        clamp = self._styled(index).clamp
+        return None if clamp is None else clamp * self._gain(index) / GAIN
+
     def _clamped(self, index: int, x: Tensor) -> Tensor:
         """x: B x O x H x W, which may change."""
-        clamp = self._styled(index).clamp
-        if clamp is None:
-            return x
-        clamp *= self._gain(index) / GAIN
-        return x.clamp_(-clamp, clamp)
+        bound = self._bound(index)
+        return x if bound is None else x.clamp_(-bound, bound)
 
     def _fuses(self, index: int) -> bool:
         """Whether this package's convolutions are for the layer."""
@@ -301,16 +309,6 @@ class StyleGAN2(StyleBased):
         if not conv3x3_kernel_takes(conv.weight[0]):
             return False
         return conv.kernel is None or (tuple(conv.kernel.shape) == (4, 4) and separated(conv.kernel) is not None)
-
-    def _demodulation(self, conv: ModulatedConv, style: Tensor) -> Tensor:
-        """style: B x I -> B x O, one over the norm of each modulated filter, times the scale of the weights."""
-        energy = conv.weight[0].square().sum((2, 3)).double()  # O x I
-        norm = style.double().square() @ energy.t() * conv.scale**2
-        return (torch.rsqrt(norm + EPSILON) * conv.scale).to(style.dtype)
-
-    def _style(self, conv: ModulatedConv, w: Tensor) -> Tensor:
-        """w: B x w_dim -> B x I, in float64 inside, so that the rounding does not depend on B."""
-        return conv.modulation(w.double()).to(w.dtype)
 
     def _convolved(self, conv: ModulatedConv, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: B x I x h x w, weight: O x I x k x k -> B x O x H x W, with the up-sampling where the layer has one."""
@@ -339,16 +337,15 @@ class StyleGAN2(StyleBased):
 
     def _constants(self, index: int, w: Tensor) -> _Constants:
         """w: B x w_dim or B x num_ws x w_dim -> what layer number `index` needs beside the map."""
-        return self._constants_of(index, self._style(self._styled(index).conv, style_number(w, index)))
+        return self._constants_of(index, self._styled(index).conv.modulation.style(style_number(w, index)))
 
     def _constants_of(self, index: int, style: Tensor) -> _Constants:
         """style: B x I"""
-        styled, gain = self._styled(index), self._gain(index)
-        scale = self._demodulation(styled.conv, style) * gain
-        prepared = None
+        styled, gain, prepared = self._styled(index), self._gain(index), None
+        conv, weight = styled.conv, styled.conv.weight[0]
         if self._fuses(index):
-            prepare = prepare_conv3x3 if styled.conv.kernel is None else prepare_upconv3x3
-            prepared = prepare(styled.conv.weight[0])
+            prepared = prepare_conv3x3(weight) if conv.kernel is None else prepare_upconv3x3(weight)
+        scale = demodulated_scale(weight, style, conv.scale, EPSILON, gain, prepared)
         return _Constants(style, scale, self._noise(index) * gain, styled.activate.bias * gain, prepared)
 
     def _fused(self, index: int, x: Tensor, c: _Constants) -> Tensor:
@@ -382,10 +379,10 @@ class StyleGAN2(StyleBased):
         """
         styled = self._styled(index)
         conv = styled.conv
-        style = self._style(conv, style_number(w, index))  # B x I
+        style = conv.modulation.style(style_number(w, index))  # B x I
         largest = style.abs().amax(1, keepdim=True).clamp_min(EPSILON)
         gain = self._gain(index)
-        scale = self._demodulation(conv, style) * (largest * gain / conv.scale)  # B x O
+        scale = demodulated_scale(conv.weight[0], style, conv.scale, EPSILON) * (largest * gain / conv.scale)  # B x O
         x = x * (style / largest).to(x.dtype)[:, :, None, None]
         x = self._convolved(conv, x, (conv.weight[0] * conv.scale).to(x.dtype))
         x = x * scale.to(x.dtype)[:, :, None, None] + (styled.activate.bias * gain).to(x.dtype)[:, None, None]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyrewrite.generators.base import Activation, EditableLayer, Generator, numbered_latents
+from pyrewrite.ops.modulation import wide_linear
 
 # The learning rate multiplier of the mapping network is part of the published model, not of its weights.
 MAPPING_RATE = 0.01
@@ -38,6 +39,10 @@ class EqualLinear(nn.Module):
         y = F.linear(x * self.scale, self.weight.to(x.dtype), self.bias.to(x.dtype) * self.rate)
         return F.leaky_relu(y, SLOPE) * GAIN if self.activated else y
 
+    def style(self, w: Tensor) -> Tensor:
+        """w: B x fan_in -> B x fan_out, in float64 inside, so that the rounding does not depend on B; not activated."""
+        return wide_linear(w, self.weight, self.bias, self.scale, self.rate)
+
 
 def style_number(w: Tensor, n: int) -> Tensor:
     """w: B x w_dim, the same everywhere, or B x num_ws x w_dim -> B x w_dim"""
@@ -48,20 +53,33 @@ def normalised(x: Tensor) -> Tensor:  # B x C, to a mean square of 1 in each row
     return x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPSILON)
 
 
+class LabelTable(nn.Module):
+    """A row for each class."""
+
+    def __init__(self, classes: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(classes, width))
+
+
 class StyleBased(Generator):
     """A generator whose layers take their styles from w, which a mapping network makes of z.
 
     mapping  widths of the mapping network: z (and the embedded label after it), hidden ..., w
     labels   number of classes and width of their embedding; None for a generator without
+    joined   whether the embedding is a table whose rows are joined to z before both are normalised, as in the first
+             code of StyleGAN2; otherwise it is a linear layer that is normalised alone, as in StyleGAN2-ADA and later
     """
 
-    def __init__(self, mapping: tuple[int, ...], labels: tuple[int, int] | None) -> None:
+    def __init__(self, mapping: tuple[int, ...], labels: tuple[int, int] | None, joined: bool = False) -> None:
         super().__init__()
         self.z_dim, self.w_dim = mapping[0], mapping[-1]
-        self.embed = None
+        self.embed = self.label_concat = None
         if labels is not None:
             self.classes, embedding = labels
-            self.embed = EqualLinear(self.classes, embedding)
+            if joined:
+                self.label_concat = LabelTable(self.classes, embedding)
+            else:
+                self.embed = EqualLinear(self.classes, embedding)
             self.z_dim -= embedding
             self._label = 0
         # style.0 is the normalisation, which has no weights; the names begin at style.1.
@@ -93,14 +111,17 @@ class StyleBased(Generator):
 
         In float64: the mapping is a small part of the work, and its rounding is the largest error in the images.
         """
-        w = normalised(z.double())
+        z, dtype = z.double(), z.dtype
+        if self.label_concat is not None:
+            z = torch.cat([z, self.label_concat.weight[self._label].double().expand(len(z), -1)], 1)
+        w = normalised(z)
         if self.embed is not None:
             one_hot = F.one_hot(torch.tensor([self._label], device=z.device), self.classes)  # 1 x classes
             label = normalised(self.embed(one_hot.double()))  # 1 x embedding
             w = torch.cat([w, label.expand(len(w), -1)], 1)
         for layer in self.style[1:]:
             w = layer(w)
-        return w.to(z.dtype)
+        return w.to(dtype)
 
     @property
     def num_ws(self) -> int:

@@ -225,7 +225,7 @@ def _target(r: Request, image: Any) -> int:
             raise ValueError("the object is not pasted anywhere yet")
         return r.document.paste.image
     regions = [*r.document.context, *([r.document.paste] if r.document.paste else [])]
-    if isinstance(image, bool) or not any(g.image == image for g in regions):
+    if type(image) is not int or not any(g.image == image for g in regions):
         raise ValueError(f"image {image!r:.40} is neither the paste's nor in the context")
     return image
 
@@ -257,7 +257,7 @@ def _remove(r: Request) -> Reply:
     held = getattr(document, what)
     if what in ("context", "protect"):
         left = tuple(region for region in held if region.image != image)
-        if len(left) == len(held):
+        if type(image) is not int or len(left) == len(held):
             raise ValueError(f"image {image!r:.40} is not in {what}")
         r.change(f"remove from {what}", document.replace(**{what: left}))
     else:

@@ -24,10 +24,15 @@ from ..rewriting.selection import islands
 
 @dataclass(frozen=True)
 class Mask:
-    """A painted region at the picture's own size: `bits` is numpy.packbits of size x size pixels, row by row."""
+    """A painted region at the picture's own size: `bits` is numpy.packbits of size x size pixels, row by row.
+
+    given: the data URL of a record, where it says more than the bits (soft edges, another size). It is what is solved
+    with and saved; the bits are what is shown.
+    """
 
     size: int
     bits: bytes
+    given: str | None = None
 
     def __post_init__(self) -> None:
         expected = -(-self.size * self.size // 8)
@@ -47,12 +52,18 @@ class Mask:
 
     @classmethod
     def from_url(cls, url: str, size: int, what: str = "mask") -> Mask:
-        """From the data URL of an edit record, whatever size it was painted at; half covered pixels count."""
+        """From the data URL of an edit record, whatever size it was painted at, which is kept as it is.
+
+        Shown are pixels that are half covered, or where there are none, all that are covered at all.
+        """
         image = decode_mask(url, what)
         if image.width != image.height:
             raise EditError(f"{what}: the mask is {image.width} x {image.height} pixels; expected a square one")
-        resized = image.resize((size, size), resample=Image.Resampling.BILINEAR)
-        return cls.of(np.asarray(resized) >= 128)
+        values = np.asarray(image.resize((size, size), resample=Image.Resampling.BILINEAR))
+        area = values >= 128
+        hard = image.width == size and np.isin(values, (0, 255)).all()
+        mask = cls.of(area if area.any() else values > 0)
+        return mask if hard else cls(size, mask.bits, url)
 
     @functools.cached_property
     def area(self) -> np.ndarray:
@@ -64,11 +75,11 @@ class Mask:
 
     @functools.cached_property
     def hash(self) -> str:
-        return hashlib.sha256(self.bits).hexdigest()[:16]
+        return hashlib.sha256(self.bits + (self.given or "").encode()).hexdigest()[:16]
 
     @functools.cached_property
     def url(self) -> str:
-        return encode_mask(self.area)
+        return self.given or encode_mask(self.area)
 
     @functools.cached_property
     def pixels(self) -> int:

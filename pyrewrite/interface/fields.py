@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -100,8 +99,8 @@ def checked_integer(name: str, value: Any, least: int, most: int) -> int:
 
 
 def checked_number(name: str, value: Any, least: float, most: float) -> float:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not least <= value <= most:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not good or not least <= value <= most:  # NaN is not either
         raise ValueError(f"{name} is {value!r:.60}; expected a number from {least:g} to {most:g}")
     return float(value)
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MAX_UPLOAD = 64 << 20
 MAX_EDIT = 8 << 20
+MAX_SELECTIONS = 1000  # masks of a record that is opened
 MAX_BROUGHT = 64  # pictures that a session takes
 MAX_IMAGE_NUMBER = 100_000  # of a record: numbers are drawn from a stream, in order
 PATCH_MEDIA = "application/octet-stream"
@@ -99,6 +100,8 @@ def _take(r: Request, record: Edit, label: str) -> None:
     session, generator = r.session, r.session.model.generator
     selections = [s for s in (record.object, record.paste, record.query) if s is not None]
     selections += [*record.context, *record.protect]
+    if len(selections) > MAX_SELECTIONS:
+        raise EditError(f"{len(selections)} masks; expected at most {MAX_SELECTIONS}")
     for s in selections:
         if s.image not in record.latents and s.image > MAX_IMAGE_NUMBER:
             raise EditError(f"image number {s.image}: expected at most {MAX_IMAGE_NUMBER}")
@@ -170,7 +173,7 @@ def _add(session: Session, patch: LowRankPatch, name: str, report: dict[str, Any
 def _check_latent(session: Session, w: Tensor) -> None:
     g = session.model.generator
     if not hasattr(g, "synthesis"):
-        raise EditError(f"pictures from w need a StyleGAN2; this is a {g.family}")
+        raise EditError(f"pictures from w need a StyleGAN2 or StyleGAN3; this is a {g.family}")
     if tuple(w.shape) not in ((g.w_dim,), (g.num_ws, g.w_dim)):
         raise EditError(f"w is {tuple(w.shape)}; expected {g.w_dim} numbers (W) or {g.num_ws} x {g.w_dim} (W+)")
 

@@ -101,7 +101,7 @@ def is_report(report: Any) -> bool:
 
 def _finish(session: Session, solved: Document, record: Edit, patch: LowRankPatch, label: str) -> dict[str, Any]:
     """The patch on the stack of the document as it is by now, with its report."""
-    name = f"{label} {session.next_edit}"
+    name = f"{'edit' if label == 'execute' else label} {session.next_edit}"
     patch.name = name
     report = patch.report.to_dict()
     edit = StackedEdit(session.next_edit, name, patch, strength=solved.strength, record=record.to_dict())

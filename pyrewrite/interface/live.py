@@ -11,9 +11,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ..edit import Edit, Settings
 from ..errors import EditError, NonFiniteError
-from ..rewriting import LayerUpdate
+from ..rewriting import LayerUpdate, Rewriter
+from ..rewriting.targets import Captured
 from .document import Document
 from .model import Model
 from .pictures import sheet
@@ -37,6 +40,7 @@ class Live:
         self._wanted: Any = None  # what the preview depends on
         self._stages: list[str] = []
         self._update: LayerUpdate | None = None
+        self._direction: tuple[Any, Tensor] | None = None  # what it depends on, the context's directions
         self._since = 0.0
         self._told: Any = (None, None)
 
@@ -125,8 +129,18 @@ class Live:
         rewriter = self.model.rewriter(d.layer)
         settings = self._settings(record)
         captured = self.model.captured(d.layer, rewriter.images_of(record, settings), d.latents)
-        (update,) = rewriter.closed_form(record, captured, settings).updates
+        direction = self._directions(rewriter, record, settings, captured)
+        (update,) = rewriter.closed_form(record, captured, settings, direction).updates
         return LayerUpdate(update.layer, update.direction, update.lambda_ * d.strength)
+
+    def _directions(self, rewriter: Rewriter, record: Edit, settings: Settings, captured: Captured) -> Tensor:
+        """r x I; those of the last stroke where only the object or where it lands has changed."""
+        d = self._document
+        marks = tuple(tuple((r.image, r.mask.hash) for r in rs) for rs in (d.context or (d.paste,), d.protect))
+        key = (marks, d.layer, settings, self.model.weights(below=d.layer))
+        if self._direction is None or self._direction[0] != key:
+            self._direction = key, rewriter.directions(record, settings, captured)
+        return self._direction[1]
 
     def _settings(self, record: Edit) -> Settings:
         """The record's; with a lower rank, and a note that says so, where fewer key pixels are painted."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..generators import Activation, Generator
 from ..rewriting import LayerUpdate, LowRankPatch, PatchSet, Rewriter, set_patches
-from ..rewriting.targets import CAPTURE_BATCH, Captured, activations, captured_from
+from ..rewriting.targets import Captured, activations, capture_batch, captured_from
 from ..statistics import LayerStatistics, SecondMoment, collect
 from ..statistics.collect import batch_size_by_memory
 from ..statistics.search import DirectionScan, KeptKeys, scan_direction
@@ -214,8 +214,9 @@ class Model:
         key = lambda n: (layer, n, weights)  # noqa: E731
         found = {n: self._activations.get(key(n)) for n in numbers}
         missing = [n for n, a in found.items() if a is None]
-        for first in range(0, len(missing), CAPTURE_BATCH):
-            batch = missing[first : first + CAPTURE_BATCH]
+        at_once = capture_batch(self.generator)
+        for first in range(0, len(missing), at_once):
+            batch = missing[first : first + at_once]
             rows = [
                 row
                 for part in activations(self.generator, layer, batch, self.seed, latents)

@@ -34,6 +34,9 @@ BREATH_SECONDS = 0.3  # a long job is kept waiting so long at most, by one breat
 READ_ONLY = ("hint", "snapshot")  # jobs that need no full statistics and leave document and weights alone
 FIRST_PICTURES = 32  # of the strip, drawn before anybody asks: a browser takes its time to open
 AHEAD = 8  # of them at once: a message waits so long at most
+MAX_WAITING = 2000  # messages of one client that are not answered yet
+MAX_WAITING_BYTES = 256 << 20
+CLOSED = "the session is closed"
 MERGE_SECONDS = 1.5  # changes of one slider that follow each other as fast are one step of undo
 
 _log = logging.getLogger(__name__)
@@ -49,6 +52,8 @@ class Client:
 
     callback: Callback
     number: int
+    waiting: int = 0  # messages that are not answered, and their bytes
+    waiting_bytes: int = 0
 
 
 @dataclass(eq=False)
@@ -85,6 +90,10 @@ class Incoming:
     message: dict[str, Any]
     buffers: list[bytes] = field(default_factory=list)
     parts: dict[Any, Any] = field(default_factory=dict)  # of the answer to a long read, see NotYet
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.buffers))
 
 
 class Session:
@@ -159,9 +168,28 @@ class Session:
         """Take in a message of a client; the answer comes through its callback. Returns at once and never raises."""
         incoming = Incoming(client, message, [bytes(b) for b in buffers])
         with self._wake:
-            read = isinstance(message, dict) and message.get("type") == "get"
-            (self._reads if read else self._messages).append(incoming)
-            self._wake.notify_all()
+            refused = self._refusal(incoming)
+            if refused is None:
+                client.waiting += 1
+                client.waiting_bytes += incoming.size
+                read = isinstance(message, dict) and message.get("type") == "get"
+                (self._reads if read else self._messages).append(incoming)
+                self._wake.notify_all()
+        if refused is not None:
+            self._refuse(incoming, refused)
+
+    def _refusal(self, incoming: Incoming) -> str | None:
+        if self._closed:
+            return CLOSED
+        if incoming.client.waiting >= MAX_WAITING:
+            return f"{MAX_WAITING} messages are waiting already: expected fewer at a time"
+        if incoming.client.waiting and incoming.client.waiting_bytes + incoming.size > MAX_WAITING_BYTES:
+            return f"{MAX_WAITING_BYTES} bytes are waiting already: expected fewer at a time"
+        return None
+
+    def _refuse(self, incoming: Incoming, text: str) -> None:
+        message = incoming.message if isinstance(incoming.message, dict) else {}
+        self._reply_error(incoming, message.get("id"), message.get("action") or message.get("what"), ValueError(text))
 
     def disconnect(self, client: Client) -> None:
         """Forget a front end. The document and a running job live on."""
@@ -323,10 +351,16 @@ class Session:
             self.model.set_edits(())
         finally:
             with self._wake:
+                left = [*self._messages, *self._reads]
                 self._busy = False
                 self._messages.clear()
                 self._reads.clear()
                 self._wake.notify_all()
+            for incoming in left:  # nobody waits for ever
+                self._refuse(incoming, CLOSED)
+            if (job := self.job) is not None:
+                self.job = None
+                self._reply_error(job, job.id, job.kind, ValueError(CLOSED))
 
     def _step(self) -> None:
         """One piece of work, the most urgent first."""
@@ -360,28 +394,39 @@ class Session:
             return False
         return True
 
+    @staticmethod
+    def _taken(queue: collections.deque[Incoming]) -> Incoming | None:
+        if not queue:
+            return None
+        incoming = queue.popleft()
+        incoming.client.waiting -= 1
+        incoming.client.waiting_bytes -= incoming.size
+        return incoming
+
     def _answer_one(self) -> bool:
         with self._wake:
-            incoming = self._messages.popleft() if self._messages else None
+            incoming = self._taken(self._messages)
         if incoming is not None:
             self._answer(incoming)
         return incoming is not None
 
     def _read_one(self) -> bool:
         with self._wake:
-            incoming = self._reads.popleft() if self._reads else None
+            incoming = self._taken(self._reads)
         if incoming is not None:
             try:
                 self._answer(incoming)
             except NotYet:
                 with self._wake:
                     if incoming.client in self._clients:
+                        incoming.client.waiting += 1
+                        incoming.client.waiting_bytes += incoming.size
                         self._reads.appendleft(incoming)
         return incoming is not None
 
     def _answer(self, incoming: Incoming) -> None:
         message = incoming.message if isinstance(incoming.message, dict) else {}
-        identity = message.get("id") if isinstance(message.get("id"), (int, str)) else None
+        identity = message.get("id")
         try:
             result = actions.answer(self, incoming.client, incoming.message, incoming.buffers, incoming.parts)
         except NotYet:
@@ -394,11 +439,14 @@ class Session:
             self._reply(incoming, {"type": "done", "id": identity, **data}, buffers)
 
     def _reply_error(self, to: Incoming | Job, identity: Any, action: Any, error: BaseException) -> None:
+        action = action if isinstance(action, str) else None
+        identity = identity if isinstance(identity, (int, str)) else None
         text = str(error) or type(error).__name__
-        if not isinstance(error, (ValueError, FileNotFoundError, Cancelled)):
+        if isinstance(error, RecursionError):
+            text = "a field is nested too deep: expected numbers, texts and short lists"
+        elif not isinstance(error, (ValueError, FileNotFoundError, Cancelled)):
             _log.error("%s failed", action, exc_info=error)
             text = f"{type(error).__name__}: {error}"
-        action = action if isinstance(action, str) else None
         self._reply(to, {"type": "error", "id": identity, "action": action, "message": text})
 
     # -- jobs --------------------------------------------------------------------------------------------------------
@@ -437,8 +485,7 @@ class Session:
         except Exception as error:
             # A job changes the document, and with it the weights, as its last step: here all is as it was before.
             message, buffers = None, []
-            if not self._closed:
-                self._reply_error(job, job.id, job.kind, error)
+            self._reply_error(job, job.id, job.kind, error)
         self.job = None
         self.touch()
         if message is not None:
@@ -454,7 +501,7 @@ class Session:
         if job is None and self.job is not None and self.job.kind in READ_ONLY and not self.job.started:
             self._run_job(self.job)  # not after statistics that it does not need
         if self._closed or (job and job.cancelled):
-            raise Cancelled(f"{job.label}: cancelled" if job else "the session is closed")
+            raise Cancelled(f"{job.label}: cancelled" if job else CLOSED)
         now = time.monotonic()
         if now - self._last_progress > PROGRESS_SECONDS:
             self._last_progress = now

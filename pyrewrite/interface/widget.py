@@ -15,6 +15,7 @@ from typing import Any
 import anywidget
 
 from ..generators import Generator, load_generator
+from ..generators.loading import generator_path
 from . import module
 from .page import Page, serve
 from .session import Client, Session
@@ -41,11 +42,32 @@ def session_of(generator: Generator, options: dict[str, Any]) -> Session:
     return session
 
 
+_files: list[tuple[Any, weakref.ref[Session], dict[str, Any]]] = []  # which file as it was, its session, its options
+
+
+def session_of_file(name: str | Path, options: dict[str, Any]) -> Session:
+    """The session of a file or bundled name: the one that was opened with the same options, or with any where none are
+    given, so that a cell that runs again goes on with the same document and keeps no second generator. A file that has
+    changed and other options open another session.
+    """
+    status = (path := generator_path(name)).stat()
+    mark = (str(path.resolve()), status.st_mtime_ns, status.st_size)
+    _files[:] = [entry for entry in _files if (found := entry[1]()) is not None and not found.closed]
+    for known, found, given in reversed(_files):
+        session = found()
+        if session is not None and known == mark and options in ({}, given):
+            return session
+    session = Session(load_generator(name), **{"name": Path(name).name, **options})
+    _files.append((mark, weakref.ref(session), options))
+    return session
+
+
 class RewriteApp(anywidget.AnyWidget):
     """The interface as a cell's output.
 
     session: a Session, or a generator, or the file or bundled name of one; `options` are then Session's. A generator
-    that is already shown is shown again with what was painted and solved. Where nothing shows (a viewer without
+    or file that is already shown is shown again with what was painted and solved: `app.session.close()` ends that and
+    frees its memory, and the next one begins anew. Where nothing shows (a viewer without
     widgets), `serve()` opens the same session as a page and says where. TypeError for anything else.
     """
 
@@ -56,9 +78,8 @@ class RewriteApp(anywidget.AnyWidget):
 
     def __init__(self, session: Session | Generator | str | Path, **options: Any) -> None:
         if isinstance(session, (str, Path)):
-            options = {"name": Path(session).name, **options}
-            session = load_generator(session)
-        if isinstance(session, Generator):
+            session = session_of_file(session, options)
+        elif isinstance(session, Generator):
             session = session_of(session, options)
         elif not isinstance(session, Session):
             expected = "a session, a generator, or the file or bundled name of one"

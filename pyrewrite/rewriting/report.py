@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +11,25 @@ from typing import Any
 CHANGED = 0.1  # a target counts as changed when its loss fell by this share
 NOT_TAKEN = 0.95  # an edit did not take when more than this share of its loss is left
 STRAY = 0.02  # a region of a mask smaller than this share of its largest one is taken for stray pixels
+CLAMPED = 0.001  # the solvers do not know of a layer's bound, which more than this share of its values meet
 TOO_LARGE = 1.0  # ||Delta W|| / ||W0|| beyond which pictures tend to fall apart
 
 
 class EditWarning(UserWarning):
     """An edit that did not take, or one that is out of proportion."""
+
+
+class Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
 
 
 @dataclass
@@ -27,7 +42,9 @@ class Report:
     at least 10 %. relative_size: ||Delta W|| / ||W0||. islands: the sizes in pixels of each mask's separate regions,
     where there are several. protected: None, or what became of the protected pixels: `dimensions` of key space that
     the edit may not touch, `left_out`, the part of the protected keys' energy (whitened) outside of them, and `change`,
-    the mean change of the layer's values there as a part of their mean size. seconds: by stage.
+    the mean change of the layer's values there as a part of their mean size. clamped: share of the edited values in the
+    boxes that lie at the bound of a layer that clamps its values (NVIDIA's networks with 16-bit layers). seconds: by
+    stage.
     """
 
     layer: str
@@ -42,6 +59,7 @@ class Report:
     targets: list[dict[str, float]]
     islands: dict[str, list[int]] = field(default_factory=dict)
     protected: dict[str, float] | None = None
+    clamped: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -58,6 +76,11 @@ class Report:
             self.warnings.append(
                 f"the edit is {self.relative_size:.2g} times as large as the layer's weights: pictures may fall apart; "
                 "fewer steps, a smaller learning rate, more preserve or scaled() may help"
+            )
+        if self.clamped > CLAMPED:
+            self.warnings.append(
+                f"{self.clamped:.1%} of the edited values lie at the bound to which the layer clamps them: the solver "
+                "computes without it, so that they are not the ones it aimed at; a smaller edit may help"
             )
         for what, sizes in self.islands.items():
             strays = [size for size in sizes if size < STRAY * sizes[0]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ..ops import demodulation, insert_low_rank, insert_projected, solve_low_ran
 from ..statistics import LayerStatistics, SecondMoment, collect, top_images
 from .keys import context_directions, protected_subspace, unusual_units
 from .patch import LayerUpdate, LowRankPatch
-from .report import CHANGED, Report
+from .report import CHANGED, Clock, Report
 from .selection import Box, bounding_box, decode_mask, islands, mask_on_map
 from .targets import (
     Captured,
@@ -28,6 +27,7 @@ from .targets import (
     make_target,
     paste_target,
     paste_values,
+    share_clamped,
     value_of,
 )
 
@@ -118,13 +118,12 @@ class Rewriter:
 
     # -- edits -------------------------------------------------------------------------------------------------------
 
-    def directions(self, edit: Edit, settings: Settings | None = None) -> Tensor:
-        """The edit's context as directions D, r x I float32."""
+    def directions(self, edit: Edit, settings: Settings | None = None, captured: Captured | None = None) -> Tensor:
+        """The edit's context as directions D, r x I float32. captured: its images, where they are at hand."""
         settings = settings or edit.resolve()
         context = self._context(edit)
-        return self._directions(
-            self.capture([s.image for s in [*context, *edit.protect]], edit.latents), context, settings, edit.protect
-        )
+        captured = captured or self.capture([s.image for s in [*context, *edit.protect]], edit.latents)
+        return self._directions(captured, context, settings, edit.protect)
 
     def solve(
         self,
@@ -150,7 +149,7 @@ class Rewriter:
         if not edits:
             raise EditError("no edit to solve: expected an Edit or a list of them")
         settings = self._settings(edits[0], preset, overrides)
-        clock = _Clock()
+        clock = Clock()
         wanted = [n for e in edits for n in _numbers(e, settings)]
         latents = {n: w for e in edits for n, w in e.latents.items()}
         captured = captured or self.capture(wanted, latents)
@@ -184,7 +183,7 @@ class Rewriter:
         settings = self._settings(edit, preset, overrides)
         if units < 1:
             raise EditError(f"units is {units}; expected a whole number of at least 1")
-        clock = _Clock()
+        clock = Clock()
         context = self._context(edit)
         whole = settings.crop == "alone"
         if settings.targets == "paste" and edit.paste is None:
@@ -221,7 +220,7 @@ class Rewriter:
     def zero(self, edit: Edit, **overrides) -> LowRankPatch:
         """The closed form of a removal: Delta W = -P_D W, the layer no longer answers to the context's directions."""
         settings = self._settings(edit, None, overrides)
-        clock = _Clock()
+        clock = Clock()
         context = self._context(edit)
         captured = self.capture([s.image for s in [*context, *edit.protect]], edit.latents)
         direction = self._directions(captured, context, settings, edit.protect)  # r x I
@@ -254,14 +253,17 @@ class Rewriter:
         """Keys and values of numbered images at the layer, each image once, as `closed_form` takes them."""
         return capture(self.generator, self.layer, numbers, self.seed, latents)
 
-    def closed_form(self, edit: Edit, captured: Captured, settings: Settings | None = None) -> LowRankPatch:
+    def closed_form(
+        self, edit: Edit, captured: Captured, settings: Settings | None = None, direction: Tensor | None = None
+    ) -> LowRankPatch:
         """The edit solved by least squares from images that are at hand: a patch without a report, in milliseconds.
 
-        captured: of all the images that `images_of` names. The generator is not touched.
-        Raises EditError as `solve` does.
+        captured: of all the images that `images_of` names. direction: what `directions` gives, where it is at hand.
+        The generator is not touched. Raises EditError as `solve` does.
         """
         settings = settings or self._settings(edit, None, {})
-        direction = self._directions(captured, self._context(edit), settings, edit.protect)  # r x I
+        if direction is None:
+            direction = self.directions(edit, settings, captured)  # r x I
         targets = [p.target for p in self._targets(captured, edit, settings)]
         penalty = self._penalty(direction, settings.preserve)
         conv = self.generator.conv_layer(self.layer)
@@ -427,7 +429,7 @@ class Rewriter:
         captured: Captured,
         direction: Tensor,
         settings: Settings,
-        clock: _Clock,
+        clock: Clock,
         progress: Progress | None,
         impl: str | None,
         edits: Sequence[Edit],
@@ -511,6 +513,7 @@ class Rewriter:
             relative_size=float(patch.updates[0].delta().norm() / weight.detach().double().norm()),
             targets=losses,
             protected=self._protection(edits, captured, after, settings),
+            clamped=share_clamped(placed, after, self.generator.value_bound(self.layer)),
         )
 
     def _protection(
@@ -533,19 +536,6 @@ class Rewriter:
             "left_out": max(left_out for _, left_out in parts),
             "change": change / size if size > 0 else 0.0,
         }
-
-
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
 
 
 def _required(selection: Selection | None, field: str) -> Selection:

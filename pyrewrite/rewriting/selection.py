@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import io
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from ..errors import EditError
 
 MAX_MASK_BYTES = 16 << 20
 MAX_MASK_PIXELS = 8192 * 8192
+KEPT_URL, KEPT_PIXELS = 1 << 16, 1 << 14  # what `mask_on_map` keeps: characters of a mask, pixels of a map
 MASK_FORMATS = ("PNG", "JPEG", "WEBP")  # what browsers write; no other decoder meets a stranger's bytes
 
 
@@ -85,6 +87,12 @@ def mask_on_map(
     The mask may be of another size than the image (the official tool paints on 256 x 256 canvases for every
     generator) but must have the image's proportions, else EditError.
     """
+    if len(url) <= KEPT_URL and size[0] * size[1] <= KEPT_PIXELS:
+        return _kept_area(url, size, image_size, what, margin).clone()
+    return _area(url, size, image_size, what, margin)
+
+
+def _area(url: str, size: tuple[int, int], image_size: tuple[int, int], what: str, margin: int) -> Tensor:
     image = decode_mask(url, what)
     if image.width * image_size[0] != image.height * image_size[1]:
         raise EditError(
@@ -94,6 +102,9 @@ def mask_on_map(
     resized = image.resize((size[1] - 2 * margin, size[0] - 2 * margin), resample=Image.Resampling.BILINEAR)
     area = torch.from_numpy(np.array(resized)).float() / 255
     return torch.nn.functional.pad(area, (margin,) * 4) if margin else area  # H x W
+
+
+_kept_area = functools.lru_cache(maxsize=512)(_area)  # a live preview asks for the same masks after every stroke
 
 
 def bounding_box(area: Tensor, what: str = "mask") -> Box:

@@ -9,13 +9,15 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from .._memory import is_out_of_memory, lowered
 from ..edit import Place, Selection
 from ..errors import EditError, NonFiniteError
 from ..generators import Activation, Generator
+from ..generators.network import EditableNetwork
 from ..ops import ConvLayer, InsertionTarget, crop_key, layer_values
 from .selection import Box, align, bounding_box, grow, mask_on_map, place
 
-CAPTURE_BATCH = 8
+CAPTURE_BATCH = 8  # at most; more gain nothing, and a job is stopped between batches
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,34 @@ def activations(
 ) -> list[Activation]:
     """The numbered images run up to the layer, in batches, in their order.
 
-    latents: image number -> w, for pictures that the generator's numbers do not reach (StyleGAN2 only).
+    latents: image number -> w, for pictures that the generator's numbers do not reach (StyleGAN2 and StyleGAN3 only).
     """
-    numbers = list(numbers)
     latents = latents or {}
-    parts = []
+    parts: list[Activation] = []
+    at_once = capture_batch(generator)
     with torch.no_grad():
-        for brought, run in _runs(numbers, latents):
-            for first in range(0, len(run), CAPTURE_BATCH):
-                batch = run[first : first + CAPTURE_BATCH]
-                if brought:
-                    parts += [_capture_w(generator, layer, latents[n]) for n in batch]
-                else:
+        for brought, run in _runs(list(numbers), latents):
+            if brought:
+                parts += [_capture_w(generator, layer, latents[n]) for n in run]
+                continue
+            first = 0
+            while first < len(run):
+                batch, short = run[first : first + at_once], False
+                try:
                     parts.append(generator.capture(layer, generator.latents(batch, seed)))
+                    first += len(batch)
+                except (RuntimeError, MemoryError) as error:
+                    if len(batch) == 1 or not is_out_of_memory(error):
+                        raise
+                    short = True
+                if short:  # outside of the handler, which keeps what the failed batch held
+                    at_once = lowered(len(batch), generator.device, layer)
     return parts
+
+
+def capture_batch(generator: EditableNetwork) -> int:
+    """How many images to capture at once."""
+    return min(CAPTURE_BATCH, generator.batch_size())
 
 
 def _runs(numbers: Sequence[int], latents: Mapping[int, Tensor]) -> list[tuple[bool, list[int]]]:
@@ -71,7 +87,7 @@ def _runs(numbers: Sequence[int], latents: Mapping[int, Tensor]) -> list[tuple[b
 
 def _capture_w(generator: Generator, layer: str, w: Tensor) -> Activation:
     if not hasattr(generator, "capture_w"):
-        raise EditError(f"pictures from w need a StyleGAN2; this is a {generator.family}")
+        raise EditError(f"pictures from w need a StyleGAN2 or StyleGAN3; this is a {generator.family}")
     try:
         return generator.capture_w(layer, w[None])
     except ValueError as error:
@@ -234,6 +250,18 @@ def make_target(
         weight=None if weight is None else weight[rows, columns].contiguous(),
     )
     return Placed(image, target, crop, box)
+
+
+def share_clamped(placed: Iterable[Placed], after: Captured, bound: float | None) -> float:
+    """The share of the values in the pasted boxes that lie at the layer's bound; 0 where it has none."""
+    if bound is None:
+        return 0.0
+    at = total = 0
+    for target in placed:
+        rows, columns = target.box.slices()
+        values = after.value[after.index[target.image]][:, rows, columns]  # O x h x w
+        at, total = at + int((values.abs() >= bound).sum()), total + values.numel()
+    return at / total
 
 
 def value_of(conv: ConvLayer, captured: Captured, row: int, key: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import os
 import pickle
 import zipfile
 
@@ -256,6 +257,13 @@ def test_other_files_are_called_what_they_are(tmp_path, content, what):
     with pytest.raises(NotACheckpointError, match=what) as caught:
         load_generator(path)
     assert str(path) in str(caught.value)
+
+
+def test_pipes_and_devices(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(NotACheckpointError, match="is a device or a pipe"):
+            load_generator(path)
 
 
 def test_no_file(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pyrewrite import _memory
-from pyrewrite.generators import base, load_generator
+from pyrewrite.generators import load_generator, network
+from pyrewrite.rewriting.targets import capture
 
 TESTS = Path(__file__).parent.parent
 MEASURE = """
@@ -116,12 +117,37 @@ def test_one_image_that_does_not_fit_and_other_errors():
     assert small.calls == [1]
 
 
+def test_activations_are_captured_in_smaller_batches_where_memory_runs_out(monkeypatch):
+    generator = load_generator("peeps-progan")
+    wanted = capture(generator, "layer3", range(7), 1)
+    whole, calls = generator.capture, []
+
+    def limited(layer, z):
+        calls.append(len(z))
+        if len(z) > 2:
+            raise MemoryError
+        return whole(layer, z)
+
+    monkeypatch.setattr(generator, "capture", limited)
+    with pytest.warns(RuntimeWarning, match="out of memory with . images at a time at layer3"):
+        found = capture(generator, "layer3", range(7), 1)
+    assert torch.equal(found.value, wanted.value)
+    assert calls == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    monkeypatch.setattr(network, "free_memory", lambda device: 0)
+    calls.clear()
+    capture(generator, "layer3", range(3), 1)
+    assert calls == [1, 1, 1]
+    monkeypatch.setattr(generator, "capture", lambda layer, z: limited(layer, z.expand(3, -1)))
+    with pytest.raises(MemoryError):
+        capture(generator, "layer3", [0], 1)
+
+
 def test_batches_are_chosen_by_what_is_free(monkeypatch):
     generator = load_generator("peeps-progan")
-    assert generator._batch_size() == 16
+    assert generator.batch_size() == 16
     for free, expected in ((1 << 40, 16), (1 << 26, 1), (0, 1), (1 << 28, 4)):
-        monkeypatch.setattr(base, "free_memory", lambda device, free=free: free)
-        small = generator._batch_size()
+        monkeypatch.setattr(network, "free_memory", lambda device, free=free: free)
+        small = generator.batch_size()
         assert 1 <= small <= expected
     assert _memory.free_memory(torch.device("cpu")) > 1 << 20
     calls = Small(99, None)

@@ -141,11 +141,23 @@ def test_faults_are_named(save, name, value, what):
         load_generator(save(changed(change)))
 
 
-def test_labels_that_are_joined_to_the_latent(save):
-    first, second, averaged = networks(reference.random_state())
-    averaged.components["mapping"].variables.append(("LabelConcat/weight", np.zeros((4, 7), np.float32)))
-    with pytest.raises(CheckpointMismatchError, match=r"4 class labels \(LabelConcat\)"):
-        load_generator(save((first, second, averaged)))
+def test_labels_that_are_joined_to_the_latent(save, tmp_path):
+    """As StyleGAN2 had them first: a table whose rows are joined to z before both are normalised."""
+    state = reference.random_state(z=12)
+    table = np.random.RandomState(0).standard_normal((4, 5)).astype(np.float32)
+    _, second, averaged = networks(state, label_size=4)
+    averaged.components["mapping"].variables.append(("LabelConcat/weight", table))
+    generator = load_generator(save((averaged, second, averaged)))
+    assert (generator.z_dim, generator.classes) == (7, 4)
+    z = torch.randn(2, 7)
+    for label in (0, 3):
+        generator.label = label
+        joined = torch.cat([z, torch.from_numpy(table[label]).expand(2, -1)], 1)
+        double = {name: tensor.double() for name, tensor in state.items()}
+        truth = reference.images(double, joined.double()).clamp(-1, 1)
+        torch.testing.assert_close(generator(z).double(), truth, rtol=0, atol=1e-5)
+    again = load_generator(save_generator(generator, tmp_path / "x.safetensors"))
+    assert again.weights_hash() == generator.weights_hash()
 
 
 def test_variables_of_another_form(save):

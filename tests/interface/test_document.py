@@ -49,6 +49,25 @@ def test_masks_of_records_come_in_the_pictures_own_pixels():
         Mask.from_url(encode_mask(np.ones((8, 16))), 16)
 
 
+def test_a_soft_mask_is_solved_with_and_saved_as_it_was_given():
+    values = np.zeros((32, 32), np.float32)
+    values[8:16, 8:20] = 1
+    values[8:16, 20:24] = (0.8, 0.6, 0.4, 0.2)
+    soft = encode_mask(values)
+    record = Edit(object=Selection(3, soft), context=[Selection(4, soft)])
+    document = blank().from_record(record, 32)
+    mask = document.object.mask
+    assert mask.box == (8, 8, 16, 22)  # what is half covered is shown
+    assert document.record().object == record.object
+    assert document.record().context == record.context
+    assert mask != Mask(32, mask.bits)  # nothing that was made with the hard one passes for it
+    assert mask.hash != Mask(32, mask.bits).hash
+    repainted = Mask(32, mask.bits)
+    assert Mask.from_url(repainted.url, 32).given is None
+    # faint all over is not empty
+    assert Mask.from_url(encode_mask(0.3 * values), 32).box == (8, 8, 16, 24)
+
+
 def test_islands_and_boxes():
     area = np.zeros((16, 16), bool)
     area[2:6, 2:6] = True

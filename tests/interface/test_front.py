@@ -121,22 +121,23 @@ def test_masks_in_the_module(screen):
     ids=["100%", "80%", "150%", "dense", "200%"],
     indirect=True,
 )
-@pytest.mark.parametrize("tile", [72, 136, 296])
-def test_strokes_land_under_the_cursor(screen, session, tile):
-    screen.page.locator("input[name=tile]").fill(str(tile))
+def test_strokes_land_under_the_cursor(screen, session):
     screen.page.locator("input[name=brush]").fill("0.03")
-    screen.ready()
-    for number in (0, 11):  # the last one is scrolled into view
-        screen.stroke(screen.tile(number), [DOT])
-        mask = until(lambda number=number: mask_of(session) if painted_in(session) == number else None)
-        y, x = np.nonzero(mask)
-        pixel = SIZE / screen.tile(number).bounding_box()["width"]  # of the picture in one of the screen's
-        assert abs(y.mean() + 0.5 - DOT[0] * SIZE) <= 0.6 + pixel
-        assert abs(x.mean() + 0.5 - DOT[1] * SIZE) <= 0.6 + pixel
-        radius = 0.03 * SIZE
-        # The brush is in the picture's pixels too.
-        assert abs(mask.sum() - np.pi * radius**2) < 0.25 * np.pi * radius**2
-    screen.press("clear")
+    radius = 0.03 * SIZE
+    for tile in (72, 136, 296):  # pixels of a picture on the screen
+        screen.page.locator("input[name=tile]").fill(str(tile))
+        screen.ready()
+        for number in (0, 11):  # the last one is scrolled into view
+            screen.stroke(screen.tile(number), [DOT])
+            mask = until(lambda number=number: mask_of(session) if painted_in(session) == number else None)
+            y, x = np.nonzero(mask)
+            pixel = SIZE / screen.tile(number).bounding_box()["width"]  # of the picture in one of the screen's
+            assert abs(y.mean() + 0.5 - DOT[0] * SIZE) <= 0.6 + pixel
+            assert abs(x.mean() + 0.5 - DOT[1] * SIZE) <= 0.6 + pixel
+            # The brush is in the picture's pixels too.
+            assert abs(mask.sum() - np.pi * radius**2) < 0.25 * np.pi * radius**2
+        screen.press("clear")
+        until(lambda: mask_of(session) is None)
 
 
 def painted_in(session):
@@ -237,6 +238,83 @@ def test_keyboard_alone_paints_copies_and_nudges(screen, session):
     assert session.document.places[6].dx == 1
     focus = screen.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert focus == "solid"
+
+
+def test_nudges_faster_than_states_add_up(screen, session):
+    screen.page.keyboard.press("]")
+    screen.stroke(screen.tile(6), [(0.5, 0.4), (0.5, 0.6)])
+    for action in ("copy", "paste"):
+        screen.press(action)
+    until(lambda: session.document.paste is not None)
+    surface = screen.page.locator(".pyrewrite .paste .surface")
+
+    def focused():  # a box that has just come may be put in place once more
+        surface.focus()
+        screen.page.wait_for_timeout(200)
+        return surface.evaluate("e => e === document.activeElement")
+
+    until(focused)
+    for _ in range(30):
+        screen.page.keyboard.press("ArrowRight")
+    until(lambda: 6 in session.document.places and session.document.places[6].dx == 30)
+    for _ in range(20):
+        screen.page.keyboard.press("ArrowLeft")
+    until(lambda: session.document.places[6].dx == 10)
+    assert session.document.places[6].dy == 0
+
+
+def test_the_page_says_what_comes_next(screen, session):
+    """Each step in turn, the button that does it marked; hidden when one knows it, and back from the help sheet."""
+
+    def now():
+        return screen.page.locator(".pyrewrite .guide [aria-current=step]").inner_text()
+
+    def marked(name):
+        return screen.page.locator(f'.pyrewrite button.next[data-action="{name}"]').count() == 1
+
+    assert now() == "Copy"
+    assert screen.page.locator(".pyrewrite button.next").count() == 0
+    for number, action, then in [
+        (0, "copy", "Paste"),
+        (1, "paste", "Add to context"),
+        (2, "add_context", "Add to context"),
+        (3, "add_context", "Add to context"),
+        (4, "add_context", "Execute"),
+    ]:
+        screen.stroke(screen.tile(number), [(0.3, 0.4), (0.3, 0.6)])
+        until(lambda action=action: marked(action))
+        screen.press(action)
+        until(lambda then=then: now() == then and not marked("copy") and not marked("paste"))
+    assert "below" in screen.page.locator(".pyrewrite .advice").inner_text()
+    guide = screen.page.locator(".pyrewrite .guide")
+    guide.locator("button").click()
+    assert not guide.is_visible()
+    screen.page.reload()
+    screen.ready()
+    assert not guide.is_visible()
+    screen.page.keyboard.press("?")
+    screen.page.get_by_text("Show the steps again").click()
+    assert guide.is_visible()
+
+
+def test_typing_goes_on_into_the_dialog_that_was_asked_for(screen, session):
+    """Not into the pictures below it, where m and p mean something else, however busy the session is."""
+    screen.stroke(screen.tile(9), [(0.5, 0.5)])
+    screen.press("copy")
+    screen.page.keyboard.press("Control+s")
+    screen.page.keyboard.type("map of p")
+    screen.page.keyboard.press("Enter")
+    until(lambda: "Saved as map of p." in screen.notices())
+    assert not session.document.matches
+    assert session.document.protect == ()
+    screen.menu("load")
+    screen.page.locator("dialog button", has_text="map of p").click()
+    until(lambda: screen.page.locator("dialog").count() == 0)
+    screen.page.locator(".pyrewrite .menu > summary").press("ArrowDown")  # a menu goes by arrows, too
+    screen.page.keyboard.press("ArrowUp")
+    assert "Snapshot" in screen.page.evaluate("document.activeElement.textContent")
+    screen.page.keyboard.press("Escape")
+    assert screen.page.evaluate("document.activeElement.textContent") == "File"
 
 
 def test_buttons_that_are_off_say_why(screen):

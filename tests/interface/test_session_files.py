@@ -14,7 +14,10 @@ from support import bits, same_bits, settled
 
 from pyrewrite import Edit, LowRankPatch, Rewriter, load_generator
 from pyrewrite.demo import demo_edits
+from pyrewrite.edit import Selection
 from pyrewrite.interface import Session
+from pyrewrite.interface.document import Mask
+from pyrewrite.rewriting import encode_mask
 
 QUICK = {"rank": 3, "steps": 31, "margin": 0}
 
@@ -182,7 +185,7 @@ def test_several_pictures_at_once_and_none_for_a_generator_without_w(session, cl
     client.do("undo")
     assert client.state["brought"] == []
     other = Session(load_generator("peeps-progan"), samples=8, cache_dir=False, folder=tmp_path)
-    with pytest.raises(Refused, match="need a StyleGAN2; this is a progan"):
+    with pytest.raises(Refused, match="need a StyleGAN2 or StyleGAN3; this is a progan"):
         Client(other).do("upload", npy(np.zeros(32, np.float32)), kind="latent")
     other.close()
 
@@ -211,6 +214,27 @@ def test_the_gallery_holds_edits_of_this_very_generator(session, client):
     assert edit["report"]["loss_after"] < edit["report"]["loss_before"]
     with pytest.raises(Refused, match="on the stack already"):
         client.do("gallery", apply="beanie")
+
+
+def test_a_loaded_record_with_soft_masks_solves_as_it_does_anywhere(session, client):
+    values = np.zeros((128, 128), np.float32)
+    values[40:90, 40:90] = np.linspace(0.1, 1, 50)
+    edges = encode_mask(values)
+    record = Edit(
+        object=Selection(0, edges), paste=Selection(1, edges), context=[Selection(2, edges)], layer="layer4",
+        settings={"rank": 3, "steps": 11, "margin": 0},
+    )  # fmt: skip
+    client.do("upload", json.dumps(record.to_dict()).encode(), kind="edit")
+    client.do("execute")
+    (edit,) = session.document.edits
+    rewriter = session.model.rewriter("layer4")
+    with session.model.original():
+        (expected,) = rewriter.solve(record).updates
+    (found,) = edit.patch.updates
+    assert torch.equal(found.direction, expected.direction)
+    assert torch.allclose(found.lambda_, expected.lambda_, rtol=1e-4, atol=1e-6)
+    client.do("object_mask", Mask.from_url(edges, 128).bits)  # repainted it is what was painted
+    assert session.document.object.mask.given is None
 
 
 def test_help_says_how_to_use_a_picture_of_ones_own(client):

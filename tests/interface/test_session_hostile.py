@@ -120,6 +120,14 @@ def test_names_are_no_paths(session, client, action, name):
         ("move", {"dy": 0, "dx": 0}, "not pasted anywhere"),
         ("move", {"image": 3, "dy": 0, "dx": 0}, "neither the paste"),
         ("move", {"image": 3, "dy": 1e9, "dx": 0}, "dy is"),
+        ("move", {"dy": 10**400, "dx": 0}, "dy is 1000"),
+        ("click", {"image": 0, "y": 0, "x": 0, "alike": 10**400}, "alike is 1000"),
+        ("click", {"image": 0, "y": 0, "x": 0, "alike": -(10**400)}, "alike is -1000"),
+        ("matches", {"on": True, "quantile": float("-inf")}, "quantile is -inf"),
+        ("set", {"strength": 10**400}, "strength is 1000"),
+        ("set", {"preserve": float("nan")}, "preserve is nan"),
+        ("set", {"layer": "\ud800"}, "there is no layer"),
+        ("set", {"method": ["low_rank"]}, "expected a number, a text or a boolean"),
         ("place", {"image": {}, "on": True}, "neither the paste"),
         ("remove", {"what": "everything"}, "expected one of object"),
         ("remove", {"what": "context", "image": 3}, "not in context"),
@@ -202,6 +210,7 @@ RECORD = {"object": [0, mask_url(128, 10, 10, 40, 40)]}
         ("edit", json.dumps({**RECORD, "pyrewrite": {"places": {"1": {"on": 1}}}}).encode(), "true or false"),
         ("edit", json.dumps({**RECORD, "pyrewrite": {"latents": {"1": "x"}}}).encode(), "expected a data URL"),
         ("edit", json.dumps({"object": [0, mask_url(128, 0, 0, 0, 0)]}).encode(), "object mask is empty"),
+        ("edit", json.dumps({**RECORD, "key": [RECORD["object"]] * 1001}).encode(), "1002 masks; expected at most"),
         ("patch", b"", "not a .safetensors file"),
         ("patch", b"PK\x03\x04" + bytes(64), "not a .safetensors file"),
         ("patch", (1 << 60).to_bytes(8, "little") + b"{}", "not a .safetensors file"),
@@ -242,6 +251,89 @@ def test_every_action_answers_to_an_empty_message(client):
     for name in actions.known("get"):
         sent = client.send("get", name)
         client.wait(lambda m, sent=sent: m.get("id") == sent)
+
+
+@pytest.mark.parametrize("field", ["id", "action", "what", "image", "numbers", "text", "name", "order", "layer"])
+def test_a_field_that_is_nested_deeper_than_anything_can_print(client, field):
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    for kind, name in (("do", "set"), ("do", "strip"), ("do", "save"), ("do", "stack"), ("get", "pictures")):
+        message = {"type": kind, "id": "deep", "action" if kind == "do" else "what": name, field: deep}
+        client.messages.clear()
+        client.session.receive(client.handle, message)
+        answer, _ = client.wait(lambda m: m["type"] == "error")
+        assert len(json.dumps(answer)) < 2000
+        assert "Error" not in answer["message"]
+    while deep:  # its own end would be a recursion too
+        deep = deep.pop()
+
+
+def test_an_image_that_is_no_whole_number_is_none_of_the_context(tmp_path):
+    session = Session(load_generator("peeps"), layer="layer4", samples=8, cache_dir=False, folder=tmp_path)
+    client = compose(Client(session), 1, MASK)
+    for image in (1.0, True, "1", [1], float("nan"), 10**400):
+        with pytest.raises(Refused, match="neither the paste"):
+            client.do("move", image=image, dy=3, dx=0)
+        with pytest.raises(Refused, match="neither the paste"):
+            client.do("place", image=image, on=False)
+        with pytest.raises(Refused, match="is not in context"):
+            client.do("remove", what="context", image=image)
+    assert session.document.places == {}
+    session.close()
+
+
+def test_a_flood_is_refused_and_the_others_are_served(session, client, monkeypatch):
+    monkeypatch.setattr("pyrewrite.interface.session.MAX_WAITING", 50)
+    flood = Client(session)
+    for _ in range(100_000):
+        flood.send("get", "files")
+    other = client.do("names")
+    assert other["type"] == "done"
+    session.settle()
+    answered = [m for m, _ in flood.messages if m["type"] in ("done", "error")]
+    assert len(answered) == 100_000  # each of them
+    refused = [m for m in answered if m["type"] == "error"]
+    assert 0 < len(refused) < 100_000
+    assert all("50 messages are waiting already" in m["message"] for m in refused)
+    assert flood.get("files")[0]["type"] == "done"
+    session.disconnect(flood.handle)
+
+
+def test_many_bytes_that_wait_are_refused(session, client, monkeypatch):
+    monkeypatch.setattr("pyrewrite.interface.session.MAX_WAITING_BYTES", 5000)
+    numbers = [client.send("do", "upload", bytes(4000), kind="patch") for _ in range(50)]
+    refused = 0
+    for number in numbers:
+        with pytest.raises(Refused) as caught:
+            client.answer(number)
+        refused += "bytes are waiting already" in str(caught.value)
+    assert refused > 0
+    with pytest.raises(Refused, match="not a"):  # one alone may be larger: it has its own limit
+        client.do("upload", bytes(6000), kind="patch")
+
+
+def test_a_client_that_leaves_takes_its_reads_with_it_and_no_one_elses(session, client):
+    gone = Client(session)
+    for n in range(20):
+        gone.send("get", "pictures", numbers=list(range(24)), size=100 + n)
+    session.disconnect(gone.handle)
+    assert client.get("pictures", numbers=[0], size=32)[0]["numbers"] == [0]
+    client.settle()
+    session.receive(gone.handle, {"type": "do", "id": 1, "action": "names"})  # too late, and no harm
+    client.settle()
+
+
+def test_a_closed_session_answers_that_it_is(tmp_path):
+    session = Session(load_generator("peeps"), layer="layer4", samples=8, cache_dir=False, folder=tmp_path)
+    client = compose(Client(session), 1, MASK)
+    numbers = [client.send("do", "execute"), *(client.send("get", "pictures", numbers=[n], size=64) for n in range(8))]
+    session.close()
+    numbers += [client.send("do", "names"), client.send("get", "files")]
+    for number in numbers:
+        message, _ = client.wait(lambda m, number=number: m.get("id") == number)
+        assert message["type"] == "done" or "closed" in message["message"] or "cancelled" in message["message"]
+    session.close()
 
 
 def test_a_solve_that_cannot_work_says_so_and_changes_nothing(tmp_path):

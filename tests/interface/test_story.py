@@ -204,6 +204,9 @@ def test_6_the_object_is_moved_and_left_out(story):
     until(lambda: first not in [r.image for r in session.document.context])
     story.button("undo").click()
     until(lambda: first in [r.image for r in session.document.context])
+    story.page.reload()
+    story.ready()
+    live(story, "row", ".row .thumb")  # what was live before is there again
 
 
 def test_7_execute_reports_and_changes_the_pictures(story, measured):
@@ -268,7 +271,9 @@ def test_9_save_reload_load_and_downloads(story):
     story.ready()
     assert text_of(story, ".edits .report").startswith("Loss")
     assert story.page.locator(".pyrewrite .contexts .thumb").count() == len(BALD) - 1
-    live(story, "row", ".row .thumb")  # what was live before it was loaded again is there again
+    # The edit is on the stack: the pictures themselves show it, and no live ones show it on top of itself.
+    assert story.page.locator('.pyrewrite .surface[data-live="now"]').count() == 0
+    assert text_of(story, ".row .hint").startswith("What the edit does")
 
     with story.page.expect_download() as download:
         story.menu("patch")

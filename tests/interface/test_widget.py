@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import threading
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import comm
 from interface_session_support import box
 from interface_support import until
 
+from pyrewrite.generators.loading import generator_path
 from pyrewrite.interface import RewriteApp, Session, serve
 from pyrewrite.interface.widget import session_of
 
@@ -183,6 +186,34 @@ def test_a_generator_that_is_shown_is_shown_again(make, peeps):
     first.session.close()
     assert session_of(peeps, dict(OPTIONS)) is not first.session
     session_of(peeps, dict(OPTIONS)).close()
+
+
+def test_a_cell_with_a_name_that_runs_again_goes_on(make, tmp_path):
+    first = make("peeps")
+    Front(first).ask("do", "paint", box(0, 0, 9, 9), image=3)
+    threads = threading.active_count()
+    again = make("peeps")
+    assert again.session is first.session
+    assert Front(again).heard()[0][0]["painted"]["image"] == 3
+    assert RewriteApp("peeps").session is first.session  # without options
+    assert threading.active_count() == threads
+    other = make("peeps", strip="4-6")
+    assert other.session is not first.session
+    assert other.session.document.painted is None
+    first.session.close()
+    fresh = make("peeps")
+    assert fresh.session is not first.session
+    assert fresh.session.document.painted is None
+
+
+def test_a_file_that_has_changed_is_opened_anew(make, tmp_path):
+    file = tmp_path / "mine.pt"
+    file.write_bytes(generator_path("peeps").read_bytes())
+    first = make(str(file))
+    assert make(file).session is first.session
+    assert first.session.name == "mine.pt"
+    os.utime(file, ns=(1, 1))
+    assert make(file).session is not first.session
 
 
 def test_every_view_hears_and_a_closed_one_does_not(make, peeps):

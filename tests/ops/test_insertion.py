@@ -228,6 +228,10 @@ KERNEL_CASES = [
     # one direction on many pixels: tiles of two rows, whole and cut
     {"o": 270, "rank": 1, "i": 8, "sizes": ((32, 32),), "demodulate": True},
     {"o": 139, "rank": 1, "i": 8, "sizes": ((45, 27),)},
+    # more pixels and channels: keys unfolded over a cluster of four blocks; whole groups of pixels and others
+    {"o": 266, "rank": 1, "i": 8, "sizes": ((64, 64),), "taps": 4, "demodulate": True},
+    {"o": 265, "rank": 1, "i": 8, "sizes": ((43, 37),), "kernel": (2, 2), "activate": False},
+    {"o": 267, "rank": 1, "i": 8, "sizes": ((1, 1541),), "kernel": (1, 1), "demodulate": True},
     # more than a cluster of blocks takes: base and goal in shared memory, and read from global memory
     {"o": 9, "rank": 66, "i": 70, "sizes": ((6, 6), (3, 2)), "demodulate": True},
     {"o": 265, "rank": 66, "i": 70, "kernel": (1, 1), "sizes": ((80, 80),)},
@@ -236,6 +240,10 @@ KERNEL_CASES = [
     {"o": 5, "rank": 30, "i": 40, "sizes": ((12, 36),) * 16, "demodulate": True},
     {"o": 3, "rank": 30, "i": 32, "sizes": ((64, 66), (2, 4)), "demodulate": True, "taps": 4},
     {"o": 34, "rank": 40, "i": 40, "sizes": ((3, 60), (24, 64))},
+    # directions that leave shared memory for 16 channels only, all maps there or in pieces
+    {"o": 35, "rank": 33, "i": 40, "sizes": ((30, 100),), "demodulate": True},
+    {"o": 19, "rank": 64, "i": 70, "sizes": ((12, 36),) * 8, "demodulate": True},
+    {"o": 5, "rank": 49, "i": 64, "sizes": ((5, 20), (2, 90)), "demodulate": True},
     {"o": 3, "rank": 62, "i": 64, "kernel": (1, 1), "sizes": ((1, 1), (128, 50)), "demodulate": True},
 ]
 
@@ -272,13 +280,20 @@ def test_kernel_is_as_near_to_float64_as_torch_in_float32(variant, with_penalty,
 
 @pytest.mark.parametrize("impl", ["torch", *IMPLS])
 @pytest.mark.parametrize(
-    ("rank", "sizes"),
-    [(1, ((5, 6),)), (1, ((24, 32),)), (3, ((5, 6),)), (5, ((5, 6), (2, 2))), (66, ((2, 3),))],
+    ("o", "rank", "sizes"),
+    [
+        (5, 1, ((5, 6),)),
+        (5, 1, ((24, 32),)),
+        (265, 1, ((43, 37),)),
+        (5, 3, ((5, 6),)),
+        (5, 5, ((5, 6), (2, 2))),
+        (5, 66, ((2, 3),)),
+    ],
     ids=str,
 )
-def test_a_difference_of_zero_has_no_sign(rank, sizes, impl, insert):
+def test_a_difference_of_zero_has_no_sign(o, rank, sizes, impl, insert):
     """Values that are the goal, exactly: nothing moves. One that is not moves its own channel alone."""
-    layer, direction, targets = cast(*case(o=5, i=70, rank=rank, sizes=sizes, activate=False))
+    layer, direction, targets = cast(*case(o=o, i=70, rank=rank, sizes=sizes, activate=False))
     layer = replace(layer, weight=torch.zeros_like(layer.weight))
     targets = [replace(t, goal=torch.zeros_like(t.goal), weight=None) for t in targets]
     still = insert(layer, direction, targets, steps=3, impl=impl)
@@ -286,7 +301,24 @@ def test_a_difference_of_zero_has_no_sign(rank, sizes, impl, insert):
     assert not still.losses.any()
     targets[0].goal[3, -1, -1] = 1
     moved = insert(layer, direction, targets, steps=3, impl=impl)
-    assert moved.lambda_.flatten(1).any(1).tolist() == [False, False, False, True, False]
+    assert moved.lambda_.flatten(1).any(1).tolist() == [c == 3 for c in range(o)]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("slope", [0.01, 1 / 3, 2.5, 0.2345678, 1.0])
+def test_slopes_and_weights_on_many_pixels(slope, impl, insert):
+    """Slopes that are as small whole numbers, and one that is not; weights of pixels, some of them 0."""
+    layer, direction, targets = case(o=265, i=8, rank=1, sizes=((43, 37),), demodulate=True)
+    weight = torch.rand(43, 37, dtype=torch.float64)
+    weight[:5] = 0
+    layer, targets = replace(layer, negative_slope=slope), [replace(targets[0], weight=weight)]
+    truth = insert_low_rank(layer, direction, targets, steps=4, lr=0.01)
+    single = cast(layer, direction, targets)
+    baseline = insert_low_rank(*single, steps=4, lr=0.01, impl="torch")
+    result = insert(*single, steps=4, lr=0.01, impl=impl)
+    assert_close(result.lambda_, truth.lambda_, baseline.lambda_, 2e-4)
+    assert (result.lambda_.double() - truth.lambda_).abs().median() <= 1e-6
+    assert_close(result.losses, truth.losses, baseline.losses, 1e-6)
 
 
 CURVES = [

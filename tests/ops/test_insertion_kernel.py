@@ -44,6 +44,7 @@ def kernel_steps(arguments, chunks, impl=None, place=lambda x: x):
     [
         {"o": 9, "i": 16, "demodulate": True},
         {"o": 3, "i": 16, "rank": 1, "sizes": ((5, 6),), "demodulate": True},
+        {"o": 265, "i": 8, "rank": 1, "sizes": ((40, 41),), "demodulate": True},
         {"o": 2, "i": 70, "rank": 66, "sizes": ((3, 2),), "demodulate": True},
     ],
     ids=str,

@@ -4,8 +4,10 @@ alone. What needs streams needs torch with CUDA; threads are tried wherever a ke
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +16,7 @@ from insertion_support import case, cast, operator_arguments
 from torch import Tensor
 
 from pyrewrite.ops import project_, project_adam_, second_moment_
+from pyrewrite.ops.convolution import conv3x3, upconv3x3
 from pyrewrite.ops.insertion_kernel import insertion_steps_
 
 IMPLS = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -78,13 +81,35 @@ def insertion_work(**variant: object) -> Work:
     return Work(tensors[:4], tensors[4:], call)
 
 
+def convolution_work(operator: Callable[..., Tensor], *filters: Sequence[float]) -> Work:
+    x, weight = torch.randn(2, 32, 13, 11), torch.randn(48, 32, 3, 3)
+    style, demod, bias = torch.rand(2, 32), torch.rand(2, 48), torch.randn(48)
+    size = (26, 22) if filters else (13, 11)
+    noise, result = torch.randn(size), torch.zeros(2, 48, *size)
+
+    def call(state: list[Tensor], inputs: list[Tensor], impl: str | None) -> None:
+        x, weight, *rest = inputs
+        names = ("in_scale", "out_scale", "bias", "noise")
+        state[0] += operator(x, weight, *filters, **dict(zip(names, rest, strict=True)), impl=impl)
+
+    return Work([result], [x, weight, style, demod, bias, noise], call)
+
+
 WORKS = {
     "second_moment_": moment_work,
     "project_": projection_work,
     "project_adam_": adam_work,
     "insertion, resident": lambda: insertion_work(o=30, rank=1, sizes=((16, 17),), demodulate=True),
+    "insertion, unfolded": lambda: insertion_work(o=265, rank=1, sizes=((40, 41),), demodulate=True),
     "insertion, cluster": lambda: insertion_work(o=20, rank=5, sizes=((6, 9), (4, 4)), demodulate=True),
     "insertion, general": lambda: insertion_work(o=3, rank=16, kernel=(7, 7), sizes=((4, 5),)),
+}
+
+
+# These have no CUDA kernel.
+ON_THE_PROCESSOR = {
+    "conv3x3": lambda: convolution_work(conv3x3),
+    "upconv3x3": lambda: convolution_work(upconv3x3, (0.5, 1, 1.5, 0.3), (0.7, 1.2, 0.9, 0.4)),
 }
 
 
@@ -101,7 +126,16 @@ def same(found: list[Tensor], expected: list[Tensor]) -> bool:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_threads(work, impl, on_device):
     """Two threads at once, each with its own tensors and, on a GPU, its own stream."""
-    place = on_device if impl == "cuda" else lambda x: x
+    check_threads(work, impl, on_device if impl == "cuda" else lambda x: x)
+
+
+@pytest.mark.parametrize("name", ON_THE_PROCESSOR)
+def test_threads_of_operators_without_a_cuda_kernel(name):
+    torch.manual_seed(0)
+    check_threads(ON_THE_PROCESSOR[name](), "cpu", lambda x: x)
+
+
+def check_threads(work: Work, impl: str, place: Callable[[Tensor], Tensor]) -> None:
     expected = work.placed(place).result(impl, times=3)
     assert not same(expected, work.state)
     mine = [work.placed(place) for _ in range(2)]
@@ -173,3 +207,22 @@ class TestStreams:
             other = work.placed(lambda x: x.to("cuda:1"))
             assert same(other.result("cuda"), expected)
             assert torch.cuda.current_device() == 0
+
+
+BAD_CALL = """
+from pyrewrite.ops import _library
+native = _library.native()
+nowhere = (1 << 20, (9, 9, 3, 1))  # an address that nothing has
+weight = native.Weight((4, 1, 3, 3), [nowhere, nowhere], (1 << 20, (1, 1)), 1)
+try:
+    native.project_cuda([weight], None, device=0, stream=0, wait=True)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.cuda
+def test_a_kernel_that_fails_is_told_of_by_the_call_that_waits(tmp_path):
+    """In a process of its own: an error of the device spoils it for all that comes later."""
+    done = subprocess.run([sys.executable, "-c", BAD_CALL], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("projection on GPU 0: CUDA error 700, "), done

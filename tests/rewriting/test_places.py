@@ -73,7 +73,7 @@ def test_a_brought_picture_solves_as_the_one_it_is(rewriters, edit):
     with pytest.raises(EditError, match=r"latents.*w is B x 128"):
         rw.solve(again, **QUICK)
     progan = rewriters("peeps-progan", "layer4")
-    with pytest.raises(EditError, match="need a StyleGAN2; this is a progan"):
+    with pytest.raises(EditError, match="need a StyleGAN2 or StyleGAN3; this is a progan"):
         progan.capture([5], {5: torch.zeros(32)})
 
 

@@ -396,3 +396,23 @@ def test_stray_pixels_warn(rewriters, edit):
     with pytest.warns(EditWarning, match=r"paste mask has 1 stray regions \(1 pixels\)"):
         patch = rw.solve(record, **QUICK)
     assert patch.report.islands == {"paste mask": [64 * 64, 1]}
+
+
+def test_values_at_the_bound_of_a_layer_are_reported(peeps, edit):
+    """Networks that were trained with 16-bit layers clamp their values; the solvers do not."""
+    generator = copy.deepcopy(peeps)
+    record, layer = edit(generator.image_size), "layer4"
+    rw = Rewriter(generator, layer, samples=24, cache_dir=False, progress=False)
+    free = rw.solve(record, **QUICK)
+    assert generator.value_bound(layer) is None
+    assert free.report.clamped == 0
+    values = rw.capture(range(4)).value
+    generator._styled(2).clamp = float(values.abs().max()) / 2
+    assert generator.value_bound(layer) == pytest.approx(float(values.abs().max()) / 2)
+    with pytest.warns(EditWarning, match="of the edited values lie at the bound"):
+        patch = Rewriter(generator, layer, samples=24, cache_dir=False, progress=False).solve(record, **QUICK)
+    assert 0.001 < patch.report.clamped < 0.5
+    generator._styled(2).clamp = 256.0  # NVIDIA's, which trained values do not come near
+    quiet = Rewriter(generator, layer, samples=24, cache_dir=False, progress=False).solve(record, **QUICK)
+    assert quiet.report.clamped == 0
+    assert quiet.report.loss_after == pytest.approx(free.report.loss_after)

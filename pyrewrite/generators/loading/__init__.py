@@ -155,7 +155,7 @@ def load_generator(
         raise ValueError(f"family is one of {', '.join(known)} or None, got {family!r}")
     if not math.isfinite(truncation):
         raise ValueError(f"truncation is a finite number, got {truncation}")
-    path = _resolved(path_or_name)
+    path = generator_path(path_or_name)
     weights = find_weights(_content(path), str(path))
     layout = _layout(weights)
     if family not in (None, layout.family):
@@ -183,7 +183,8 @@ def _content(path: Path) -> Any:
     return read_torch_file(path)
 
 
-def _resolved(path_or_name: str | os.PathLike) -> Path:
+def generator_path(path_or_name: str | os.PathLike) -> Path:
+    """The file of a path or bundled name. FileNotFoundError where there is neither."""
     path = Path(path_or_name)
     if not path.exists() and str(path_or_name) in BUNDLED:
         return _ASSETS / BUNDLED[str(path_or_name)]

@@ -47,6 +47,8 @@ def checkpoint_kind(path: Path) -> str:
         raise FileNotFoundError(f"there is no file {str(path)!r}")
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder; {_EXPECTED}")
+    if not path.is_file():  # a pipe would be waited for
+        raise NotACheckpointError(f"{str(path)!r} is a device or a pipe; {_EXPECTED}")
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(4096)

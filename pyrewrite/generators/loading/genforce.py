@@ -41,37 +41,33 @@ def matching_pggan_names(tensors: dict[str, Tensor]) -> int:
 def load_stylegan2(weights: Weights, noise_seed: int) -> StyleGAN2:
     """Build the generator that the weights describe. Raises CheckpointMismatchError or NonFiniteWeightsError."""
     tensors = weights.tensors
-    if "mapping.label_weight" in tensors:
-        classes = tensors["mapping.label_weight"].shape[0]
-        raise CheckpointMismatchError(
-            f"{weights.origin} is a {STYLEGAN2} with {classes} class labels (mapping.label_weight): not supported"
-        )
     layers = [int(m[1]) for name in tensors if (m := re.match(r"synthesis\.layer(\d+)\.", name))]
     convs = max(layers, default=0) + 1
     convs += 1 - convs % 2
     outputs = {m[1] for name in tensors if (m := re.match(r"synthesis\.output(\d+)\.", name))}
-    if convs > 1 and len(outputs) == 1:
-        raise CheckpointMismatchError(
-            f"{weights.origin} is a StyleGAN2 without skip connections (colours in the last layer only): not supported"
-        )
+    alone = convs > 1 and outputs == {str(convs // 2)}  # the architecture "orig"
     mapping = max((int(m[1]) + 1 for n in tensors if (m := re.match(r"mapping\.dense(\d+)\.", n))), default=1)
-    table = _stylegan2_names(mapping, convs)
+    table = _stylegan2_names(mapping, convs, alone)
+    if "mapping.label_weight" in tensors:
+        table["mapping.label_weight"] = "label_concat.weight"
     optional = [n for n in table if n.endswith(".noise") or n == "truncation.w_avg"]
     shared = "synthesis.upsample.kernel"  # one filter for all skip connections
+    if alone:
+        tensors.pop(shared, None)
     expected = [n for n in table if n not in optional or n in tensors]
-    require_names(weights, [*expected, *([shared] if convs > 1 else [])], STYLEGAN2)
+    require_names(weights, [*expected, *([shared] if convs > 1 and not alone else [])], STYLEGAN2)
     filter_of_skips = tensors.pop(shared, None)
     renamed = {table[name]: _converted(weights, name) for name in tensors}
     theirs = {ours: name for name, ours in table.items()}
-    for level in range(convs // 2):
+    for level in range(0 if alone else convs // 2):
         name = f"to_rgbs.{level}.upsample.kernel"
         renamed[name], theirs[name] = _filter(filter_of_skips), shared
     weights.rename(renamed, theirs)
     return stylegan2.load(weights, noise_seed)
 
 
-def _stylegan2_names(mapping: int, convs: int) -> dict[str, str]:
-    """The name here of each name there."""
+def _stylegan2_names(mapping: int, convs: int, alone: bool) -> dict[str, str]:
+    """The name here of each name there. alone: whether the last block alone makes colours."""
     table = {f"mapping.dense{n}.{part}": f"style.{n + 1}.{part}" for n in range(mapping) for part in ("weight", "bias")}
     table |= {"truncation.w_avg": "latent_avg", "synthesis.early_layer.const": "input.input"}
     styled = {"weight": "conv.weight", "style.weight": "conv.modulation.weight", "style.bias": "conv.modulation.bias"}
@@ -82,7 +78,7 @@ def _stylegan2_names(mapping: int, convs: int) -> dict[str, str]:
         table[f"synthesis.layer{n}.noise"] = f"noises.noise_{n}"
         if n % 2:
             table[f"synthesis.layer{n}.filter.kernel"] = f"{ours}.conv.blur.kernel"
-        else:
+        elif not alone or n == convs - 1:
             rgb = f"to_rgbs.{n // 2 - 1}" if n else "to_rgb1"
             parts = {**styled, "bias": "bias"}
             table |= {f"synthesis.output{n // 2}.{name}": f"{rgb}.{part}" for name, part in parts.items()}

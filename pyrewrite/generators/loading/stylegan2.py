@@ -82,6 +82,8 @@ def load(weights: Weights, noise_seed: int) -> StyleGAN2:
     names = _expected_names(max(mapping - 1, 1), convs, architecture)
     if any(name.startswith("embed.") for name in weights.tensors):
         names += ["embed.weight", "embed.bias"]
+    if "label_concat.weight" in weights.tensors:
+        names.append("label_concat.weight")
     require_names(weights, [*names, *(name for name in noises if name in weights.tensors)], WHAT)
 
     shape = _shape(weights, max(mapping - 1, 1), convs, architecture)
@@ -150,6 +152,8 @@ def _refuse_other_labels(weights: Weights) -> None:
     labels = [name for name in weights.tensors if "embed" in name or "label" in name]
     if known <= set(labels):
         labels = [name for name in labels if name not in known]
+    elif labels == ["label_concat.weight"]:  # as TensorFlow's and GenForce's
+        labels = []
     if labels:
         raise CheckpointMismatchError(
             f"{weights.origin} is a generator with class labels ({', '.join(labels[:3])}): not supported"
@@ -203,14 +207,19 @@ def _shape(weights: Weights, mapping: int, convs: int, architecture: str) -> Sty
         raise CheckpointMismatchError(
             f"{weights.origin} makes images of {image_channels} channels; 1 (grey) and 3 (RGB) are supported"
         )
-    labels = require_shape(weights, "embed.weight", 2)[::-1] if "embed.weight" in weights.tensors else None
-    if labels is not None and labels[1] >= widths[0][1]:
-        raise CheckpointMismatchError(
-            f"{weights.origin}: {weights.shown('embed.weight')} is {labels[::-1]}, expected fewer rows than the "
-            f"{widths[0][1]} inputs of the mapping, which are z and these"
-        )
+    joined, labels = "label_concat.weight" in weights.tensors, None
+    if joined or "embed.weight" in weights.tensors:
+        name = "label_concat.weight" if joined else "embed.weight"
+        shape = require_shape(weights, name, 2)
+        labels = shape if joined else shape[::-1]
+        if labels[1] >= widths[0][1]:
+            raise CheckpointMismatchError(
+                f"{weights.origin}: {weights.shown(name)} is {shape}, an embedding of {labels[1]} numbers, expected "
+                f"fewer than the {widths[0][1]} inputs of the mapping, which are z and these"
+            )
     return StyleGAN2Shape(
         labels=labels,
+        joined=joined,
         mapping=(widths[0][1], *(o for o, _ in widths)),
         base=constant[2],
         input=constant[1],

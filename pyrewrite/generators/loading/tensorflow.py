@@ -117,6 +117,8 @@ def load_stylegan2(weights: Weights, noise_seed: int) -> StyleGAN2:
     mapping = max((int(m[1]) + 1 for name in tensors if (m := re.match(r"mapping/Dense(\d+)/", name))), default=1)
     kind = _architecture(weights, f"synthesis/{2 ** (levels + 1)}x{2 ** (levels + 1)}")
     table = _stylegan2_names(mapping, levels, kind, any(name.startswith("mapping/LabelEmbed/") for name in tensors))
+    if "mapping/LabelConcat/weight" in tensors:
+        table["mapping/LabelConcat/weight"] = "label_concat.weight"
     optional = [name for name in table if name.startswith("synthesis/noise") or name == "dlatent_avg"]
     require_names(weights, [name for name in table if name not in optional or name in tensors], STYLEGAN2)
     renamed = {table[name]: _converted(weights, name) for name in tensors}
@@ -143,11 +145,6 @@ def _take_off_scopes(weights: Weights) -> None:
 
 
 def _refuse_other_architectures(weights: Weights) -> None:
-    concat = weights.tensors.get("mapping/LabelConcat/weight")
-    if concat is not None:
-        raise CheckpointMismatchError(
-            f"{weights.origin} is a {STYLEGAN2} with {len(concat)} class labels (LabelConcat): not supported"
-        )
     for name, wanted in (("mapping_lrmul", MAPPING_RATE), ("mapping_nonlinearity", "lrelu"), ("nonlinearity", "lrelu")):
         value = _setting(weights, name, wanted)
         if value != wanted:
@@ -200,6 +197,8 @@ def _stylegan2_names(mapping: int, levels: int, architecture: str, labels: bool)
 
 def _converted(weights: Weights, name: str) -> Tensor:
     tensor = weights.tensors[name]
+    if name == "mapping/LabelConcat/weight":
+        return tensor  # classes x z
     if (name.startswith("mapping/") and name.endswith("/weight")) or name.endswith("/mod_weight"):
         require_shape(weights, name, 2)
         return tensor.t()

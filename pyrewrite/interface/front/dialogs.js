@@ -17,18 +17,35 @@ export const dialogs = {
     return dialog;
   },
 
-  async names() {
-    return (await this.client.request({ type: "get", what: "files" })).names ?? [];
+  /** The dialog is there at once, what it lists when it comes: who types on must not type into the pictures. */
+  async fill(dialog, list, what, lines) {
+    list.replaceChildren(h("p", { class: "hint" }, "One moment…"));
+    try {
+      const done = await this.client.request({ type: "get", what });
+      list.replaceChildren(...lines(done));
+      if (dialog.contains(this.focused) && this.focused.value === "") list.querySelector("button")?.focus(); // from Cancel
+    } catch (error) {
+      dialog.close("");
+      this.notice("error", error.message);
+    }
   },
 
-  async save() {
-    const names = await this.names().catch(() => []);
-    const list = h("datalist", { id: `names-${this.client.prefix}` }, ...names.map((value) => h("option", { value })));
-    const name = h("input", { type: "text", name: "name", required: true, maxlength: "64", pattern: "[A-Za-z0-9][A-Za-z0-9 _.\\-]*", list: list.id, title: "Letters, digits, spaces, and _ . -", "aria-label": "Name", autocomplete: "off" });
+  save() {
+    const about = h("p", { class: "hint" });
+    const names = h("datalist", { id: `names-${this.client.prefix}` });
+    const name = h("input", { type: "text", name: "name", required: true, maxlength: "64", pattern: "[A-Za-z0-9][A-Za-z0-9 _.\\-]*", list: names.id, title: "Letters, digits, spaces, and _ . -", "aria-label": "Name", autocomplete: "off" });
+    let taken = [];
+    const say = () => setText(about, taken.includes(name.value.trim()) ? "This name exists: saving replaces it." : "Kept in the session's folder as NAME.json; the official tool reads it too.");
     name.value = this.savedName ?? "";
-    const about = h("p", { class: "hint" }, "Kept in the session's folder as NAME.json; the official tool reads it too.");
-    name.addEventListener("input", () => setText(about, names.includes(name.value.trim()) ? "This name exists: saving replaces it." : "Kept in the session's folder as NAME.json; the official tool reads it too."));
-    const dialog = this.dialog("Save this edit", name, list, about, h("div", { class: "buttons" }, h("button", { type: "submit", value: "save", class: "primary" }, "Save"), h("button", { type: "submit", value: "", formnovalidate: true }, "Cancel")));
+    name.addEventListener("input", say);
+    say();
+    const dialog = this.dialog("Save this edit", name, names, about, h("div", { class: "buttons" }, h("button", { type: "submit", value: "save", class: "primary" }, "Save"), h("button", { type: "submit", value: "", formnovalidate: true }, "Cancel")));
+    const come = (done) => {
+      taken = done.names;
+      names.replaceChildren(...taken.map((value) => h("option", { value })));
+      say();
+    };
+    this.client.request({ type: "get", what: "files" }).then(come, () => {}); // without it there are no suggestions
     dialog.addEventListener("close", () => {
       if (dialog.returnValue !== "save") return;
       this.act("save", { name: name.value.trim() }, () => {
@@ -38,22 +55,21 @@ export const dialogs = {
     });
   },
 
-  async load() {
-    const names = await this.names().catch((error) => (this.notice("error", error.message), null));
-    if (!names) return;
-    const dialog = this.dialog("Load an edit", h("div", { class: "list" }, ...names.map((name) => h("button", { type: "submit", value: name }, name))),
-      names.length ? null : h("p", { class: "hint" }, "Nothing is saved yet. File › Open takes a file from this computer."), h("div", { class: "buttons" }, h("button", { type: "submit", value: "" }, "Cancel")));
+  load() {
+    const list = h("div", { class: "list" });
+    const dialog = this.dialog("Load an edit", list, h("div", { class: "buttons" }, h("button", { type: "submit", value: "" }, "Cancel")));
+    this.fill(dialog, list, "files", ({ names }) => names.length ? names.map((name) => h("button", { type: "submit", value: name }, name))
+      : [h("p", { class: "hint" }, "Nothing is saved yet. File › Open a file takes one from this computer.")]);
     dialog.addEventListener("close", () => dialog.returnValue && this.act("load", { name: dialog.returnValue }, () => (this.savedName = dialog.returnValue)));
   },
 
-  async gallery() {
-    const done = await this.client.request({ type: "get", what: "gallery" }).catch((error) => (this.notice("error", error.message), null));
-    if (!done) return;
-    const entries = done.gallery;
-    const dialog = this.dialog("Ready edits", h("p", { class: "hint" }, entries.length ? "One click solves it and adds it to the edits." : "None come with this generator."),
-      h("div", { class: "list" }, ...entries.map((e) => h("div", { class: "line" }, h("button", { type: "submit", value: `apply ${e.name}`, title: `A rule of ${e.layer}` }, e.title),
-        h("button", { type: "submit", value: `load ${e.name}`, class: "selections", title: "Load what was painted for it, to see how it is made or to change it" }, "Selections")))),
-      h("div", { class: "buttons" }, h("button", { type: "submit", value: "" }, "Cancel")));
+  gallery() {
+    const list = h("div", { class: "list" });
+    const line = (e) => h("div", { class: "line" }, h("button", { type: "submit", value: `apply ${e.name}`, title: `A rule of ${e.layer}` }, e.title),
+      h("button", { type: "submit", value: `load ${e.name}`, class: "selections", title: "Load what was painted for it, to see how it is made or to change it" }, "Selections"));
+    const dialog = this.dialog("Ready edits", list, h("div", { class: "buttons" }, h("button", { type: "submit", value: "" }, "Cancel")));
+    this.fill(dialog, list, "gallery", (done) => done.gallery.length ? [h("p", { class: "hint" }, "One click solves it and adds it to the edits."), ...done.gallery.map(line)]
+      : [h("p", { class: "hint" }, "None come with this generator.")]);
     dialog.addEventListener("close", () => {
       const [, field, name] = dialog.returnValue.match(/^(\w+) (.*)/) ?? [];
       if (name) this.act("gallery", { [field]: name });

@@ -11,6 +11,8 @@ export const edits = {
       if (!this.client.isAhead(`on ${e.id}`)) view.on.checked = e.on;
       view.el.classList.toggle("off", !e.on);
       if (this.focused !== view.name) view.name.value = e.name;
+      view.on.ariaLabel = `${e.name} is on`;
+      view.strength.ariaLabel = `Strength of ${e.name}`;
       setText(view.about, [e.layer, e.rank && `rank ${e.rank}`, e.seconds && `${e.seconds.toFixed(1)} s`].filter(Boolean).join(" · "));
       if (!view.busy && !this.client.isAhead(`strength ${e.id}`) && +view.strength.value !== e.strength) view.strength.value = e.strength;
       setText(view.value, short(+view.strength.value));
@@ -32,9 +34,9 @@ export const edits = {
     const { id } = edit;
     const stack = (fields) => this.act("stack", { edit: id, ...fields });
     const view = { busy: false };
-    view.on = h("input", { type: "checkbox", "aria-label": "This edit is on", title: "On or off", onchange: () => this.latest(`on ${id}`, "stack", { edit: id, on: view.on.checked }) });
+    view.on = h("input", { type: "checkbox", title: "On or off", onchange: () => this.latest(`on ${id}`, "stack", { edit: id, on: view.on.checked }) });
     view.name = h("input", { type: "text", class: "name", "aria-label": "Name of the edit", maxlength: "64", spellcheck: "false", onchange: () => stack({ name: view.name.value }) });
-    view.strength = h("input", { type: "range", min: "0", max: "2", step: "0.05", "aria-label": "Strength of this edit", oninput: () => {
+    view.strength = h("input", { type: "range", min: "0", max: "2", step: "0.05", oninput: () => {
       view.busy = true;
       setText(view.value, short(+view.strength.value));
       this.latest(`strength ${id}`, "stack", { edit: id, strength: +view.strength.value });
@@ -66,7 +68,7 @@ export const edits = {
     const statistics = this.state.statistics;
     const collecting = !job && !statistics.ready && statistics.of > 0;
     this.job.hidden = !job && !collecting;
-    this.cancel.hidden = !job;
+    this.cancel.hidden = !job && !(collecting && this.state.can.cancel === true);
     this.root.dataset.job = job ? job.kind : "";
     if (job) {
       const { step = 0, steps, loss, label } = job;

@@ -23,6 +23,7 @@ export const hands = {
       this.hover = () => surface.moveRing(picks() ? null : surface.point(event), this.radius);
       this.hover();
     };
+    box.tabIndex = 0;
     box.classList.add("paintable");
     box.addEventListener("pointerdown", (event) => {
       if ((event.button !== 0 && event.button !== 5) || this.stroke || !this.state) return;
@@ -79,6 +80,7 @@ export const hands = {
         const mask = base()?.copy() ?? new Mask(this.size);
         mask.segment(...surface.cursor, ...surface.cursor, this.radius, !erases(event));
         commit(mask);
+        this.say(`${mask.pixels} pixels are selected.`);
       } else if (event.key === "Enter" && local && !event.ctrlKey && !event.metaKey) {
         surface.cursor ??= [this.size / 2, this.size / 2];
         this.pick(surface.number, ...surface.cursor, event.shiftKey);
@@ -93,6 +95,7 @@ export const hands = {
   draggable(surface, entry) {
     const { box } = surface;
     const send = (image, dy, dx) => this.latest(`move ${image}`, "move", { image, dy, dx });
+    box.tabIndex = 0;
     box.classList.add("draggable");
     box.addEventListener("pointerdown", (event) => {
       const now = entry();

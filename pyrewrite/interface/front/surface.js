@@ -13,7 +13,7 @@ export class Surface {
     this.picture = h("canvas", { class: "picture" });
     this.overlay = h("canvas", { class: "overlay" });
     this.ring = h("div", { class: "ring" });
-    this.box = h("div", { class: "surface", tabindex: "0", role: "img", "aria-label": label ?? "" }, this.picture, this.overlay, this.ring);
+    this.box = h("div", { class: "surface", role: "img", "aria-label": label ?? "" }, this.picture, this.overlay, this.ring);
     this.drawn = null;
     this.cursor = null; // y, x of the keyboard's brush
   }
@@ -30,7 +30,7 @@ export class Surface {
 
   /** Draw a picture from a sheet; the one before stays until there is one. */
   show(tile, old = false) {
-    this.box.classList.toggle("old", old && !!this.drawn);
+    this.box.classList.toggle("old", (old || !tile) && !!this.drawn);
     this.box.classList.toggle("empty", !tile && !this.drawn);
     if (!tile || this.drawn === tile) return;
     this.drawn = tile;
