@@ -244,7 +244,7 @@ KERNEL_CASES = [
     {"o": 3, "rank": 30, "i": 32, "sizes": ((64, 66), (2, 4)), "demodulate": True, "taps": 4},
     {"o": 34, "rank": 40, "i": 40, "sizes": ((3, 60), (24, 64))},
     # directions that leave shared memory for 16 channels only, all maps there or in pieces
-    {"o": 35, "rank": 33, "i": 40, "sizes": ((30, 100),), "demodulate": True},
+    {"o": 17, "rank": 33, "i": 40, "sizes": ((30, 100),), "demodulate": True},
     {"o": 19, "rank": 64, "i": 70, "sizes": ((12, 36),) * 8, "demodulate": True},
     {"o": 5, "rank": 49, "i": 64, "sizes": ((5, 20), (2, 90)), "demodulate": True},
     {"o": 3, "rank": 62, "i": 64, "kernel": (1, 1), "sizes": ((1, 1), (128, 50)), "demodulate": True},
@@ -264,10 +264,10 @@ def test_kernel_is_as_near_to_float64_as_torch_in_float32(variant, with_penalty,
     o, rank = len(layer.weight), len(direction)
     penalty = penalty_for(o, rank) if with_penalty else None
     init = 0.1 * torch.randn(o, rank, *layer.weight.shape[2:], dtype=torch.float64)
-    truth = insert_low_rank(layer, direction, targets, steps=5, penalty=penalty, init=init, lr=0.01)
+    truth = insert_low_rank(layer, direction, targets, steps=3, penalty=penalty, init=init, lr=0.01)
     single = cast(layer, direction, targets)
     settings = {
-        "steps": 5,
+        "steps": 3,
         "penalty": None if penalty is None else tuple(x.float() for x in penalty),
         "init": init.float(),
         "lr": 0.01,

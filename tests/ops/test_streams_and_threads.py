@@ -74,7 +74,7 @@ def adam_work() -> Work:
 
 
 def insertion_work(**variant: object) -> Work:
-    arguments = operator_arguments(*cast(*case(i=16, **variant)), count=4)
+    arguments = operator_arguments(*cast(*case(i=16, **variant)), count=2)
     tensors, settings = [x for (x,) in arguments[:15]], arguments[15:]
 
     def call(state: list[Tensor], inputs: list[Tensor], impl: str | None) -> None:
