@@ -28,8 +28,8 @@ CUDA, META = 1, 14  # c10::DeviceType
 C10 = next(path for path in Path(torch.__file__).parent.glob("lib/*c10*") if path.suffix in (".so", ".dylib", ".dll"))
 
 # Operators that take tensors of two devices, as on a GPU: copies, and indices on the processor.
-MIXING = {aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
-MIXING |= {aten.set_.source_Tensor, aten._index_put_impl_.default}
+INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+MIXING = {aten.copy_.default, aten._to_copy.default, aten.fill_.Tensor, *INDEXING}
 NO_INTEGERS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.convolution.default}
 MISSING = {aten.histogram.bins_tensor, aten.histogram.bin_ct}  # no kernel for CUDA
 
@@ -62,7 +62,7 @@ class DeviceTensor(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor, device: torch.device) -> DeviceTensor:
-        assert type(held) is Tensor and held.device.type == "cpu", (type(held), held.device)
+        assert type(held) is Tensor, type(held)
         self = Tensor._make_wrapper_subclass(
             cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
             layout=held.layout, device=device, requires_grad=False,
@@ -112,7 +112,7 @@ def number(device: torch.device | None) -> torch.device:
 
 def dispatch(function: Any, args: tuple, kwargs: dict) -> Any:
     if function.namespace == "pyrewrite":  # an operator of this package: its function, which calls torch
-        return function._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
+        return function.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs)
     name = str(function)
     given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     on = {x.device for x in given if isinstance(x, DeviceTensor)}
@@ -125,7 +125,12 @@ def dispatch(function: Any, args: tuple, kwargs: dict) -> Any:
         if bad or len(on) > 1:
             found = [f"{tuple(x.shape)} on {x.device}" for x in given]
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, got {', '.join(found)}")
-    elif function in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default):
+    elif function in (
+        aten.index.Tensor,
+        aten.index_put_.default,
+        aten.index_put.default,
+        aten._index_put_impl_.default,
+    ):
         own = args[0].device
         strangers = [x for x in args[1] if x is not None and x.device not in (own, torch.device("cpu"))]
         values = args[2] if len(args) > 2 else None
@@ -236,7 +241,7 @@ def another_device() -> Iterator[Watched]:
 
     def free(device: torch.device) -> tuple[int, int]:
         assert device.type == "cuda"
-        return 8 << 30, 8 << 30
+        return 6 << 30, 8 << 30
 
     cuda = {
         "_lazy_init": lambda: None,
@@ -254,7 +259,8 @@ def another_device() -> Iterator[Watched]:
         "get_device_properties": numbered(lambda device: SimpleNamespace(
             name="pretence", total_memory=8 << 30, multi_processor_count=8, major=9, minor=0, L2_cache_size=1 << 20)),
         "get_device_capability": numbered(lambda device: (9, 0)),
-        "memory_allocated": numbered(lambda device: 0),
+        "memory_allocated": numbered(lambda device: 1 << 30),
+        "memory_reserved": numbered(lambda device: 3 << 30),
         "max_memory_allocated": numbered(lambda device: 0),
         "reset_peak_memory_stats": numbered(lambda device: None),
     }  # fmt: skip
