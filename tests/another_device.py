@@ -216,17 +216,6 @@ class Stream:
 
 
 @contextlib.contextmanager
-def _device(which: Any) -> Iterator[None]:
-    before = watched.current
-    index = which if isinstance(which, int) else number(torch.device(which)).index
-    watched.current = before if index is None else index
-    try:
-        yield
-    finally:
-        watched.current = before
-
-
-@contextlib.contextmanager
 def another_device() -> Iterator[Watched]:
     """torch with two GPUs of pretence, within the block."""
     assert not torch.backends.cuda.is_built(), "for a torch without CUDA"
@@ -248,21 +237,12 @@ def another_device() -> Iterator[Watched]:
         "is_available": lambda: True,
         "device_count": lambda: COUNT,
         "current_device": lambda: watched.current,
-        "set_device": lambda which: setattr(watched, "current", number(torch.device(which)).index
-                                            if not isinstance(which, int) else which),
-        "device": _device,
         "mem_get_info": numbered(free),
         "empty_cache": lambda: watched.counts.update(["empty_cache"]),
         "synchronize": numbered(lambda device: watched.wait()),
         "current_stream": numbered(Stream),
-        "get_device_name": numbered(lambda device: f"pretence {device.index}"),
-        "get_device_properties": numbered(lambda device: SimpleNamespace(
-            name="pretence", total_memory=8 << 30, multi_processor_count=8, major=9, minor=0, L2_cache_size=1 << 20)),
-        "get_device_capability": numbered(lambda device: (9, 0)),
         "memory_allocated": numbered(lambda device: 1 << 30),
         "memory_reserved": numbered(lambda device: 3 << 30),
-        "max_memory_allocated": numbered(lambda device: 0),
-        "reset_peak_memory_stats": numbered(lambda device: None),
     }  # fmt: skip
 
     # torch's own functions that make tensors of Python numbers do not pass by a device of Python.
