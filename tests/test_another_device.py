@@ -38,6 +38,7 @@ pytestmark = [
 
 REAL = torch.cuda.is_available()
 DEVICE = f"cuda:{torch.cuda.device_count() - 1}" if REAL else "cuda:1"  # the current one is cuda:0
+CLOSE = 1e-3 if REAL else 1e-4  # other kernels of the same numbers
 BOX = mask_url(128, 32, 32, 96, 96)
 QUICK = {"rank": 2, "steps": 3}
 
@@ -97,11 +98,11 @@ def test_images_keys_and_statistics_are_those_of_the_processor(name):
     assert there.weights_hash() == here.weights_hash()
     images = there.images(range(3), batch_size=2)
     assert on_device(images)
-    torch.testing.assert_close(images.cpu(), here.images(range(3)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(images.cpu(), here.images(range(3)), atol=CLOSE, rtol=CLOSE)
     z = there.latents([0, 1])
     layer = list(there.layers)[3]
     keys = there.keys(layer, z.cpu())  # latents may come from anywhere
-    torch.testing.assert_close(keys.cpu(), here.keys(layer, z.cpu()), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(keys.cpu(), here.keys(layer, z.cpu()), atol=CLOSE, rtol=CLOSE)
     there.precision = "bf16"
     assert on_device(there(z[:1]))
     there.precision = "fp32"
@@ -124,7 +125,7 @@ def test_every_family_runs_layer_by_layer(family, tmp_path):
     here, there = pr.load_generator(tmp_path / "x.pt"), pr.load_generator(tmp_path / "x.pt", device=DEVICE)
     there.truncation = here.truncation = 0.7 if hasattr(here, "truncated") else 1
     z = there.latents([0, 3])
-    torch.testing.assert_close(there(z).cpu(), here(z.cpu()), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(there(z).cpu(), here(z.cpu()), atol=CLOSE, rtol=CLOSE)
     for name, captured in zip(there.layers, there.captures(z), strict=True):
         value = there.value(name, captured)
         assert on_device(there.finish(name, captured, value))
