@@ -162,6 +162,31 @@ def check_threads(work: Work, impl: str, place: Callable[[Tensor], Tensor]) -> N
     assert same(found[1], expected)
 
 
+@pytest.mark.cuda
+def test_threads_with_different_sizes(on_device):
+    """How much shared memory a kernel may have is the kernel's, not the launch's: a small launch must not take it from
+    a large one of another thread, which would then be refused.
+    """
+    works = [
+        insertion_work(o=2, rank=1, sizes=(size,)).placed(on_device) for size in ((56, 56), (5, 6), (6, 5), (48, 40))
+    ]
+    started, problems = threading.Barrier(len(works)), []
+
+    def body(work: Work) -> None:
+        started.wait()
+        try:
+            work.result("cuda", times=15)
+        except RuntimeError as problem:
+            problems.append(problem)
+
+    threads = [threading.Thread(target=body, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+
+
 class TestStreams:
     pytestmark = needs_streams
 
