@@ -69,6 +69,8 @@ main() {
   cat "$out/diagnosis.log"
   step tests 140 "$venv/python" -m pytest -q -m "$tests" "${select[@]}" --junitxml="$out/tests.xml" tests/ops tests/statistics/test_collect.py
   tail -n 3 "$out/tests.log"
+  step whole-job 60 "$venv/python" -m pytest -q tests/test_another_device.py
+  tail -n 3 "$out/whole-job.log"
 
   # Short runs of every kernel: a sanitizer makes them tens of times slower.
   short='test_what_a_projection_does or test_list_in_one_call or test_adds_to_what_is_there or test_chunks_carry'

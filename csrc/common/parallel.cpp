@@ -31,9 +31,12 @@ using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
 // The OpenMP runtime that torch uses, or null. After an operator of torch its threads look out for more work for some
 // milliseconds, on all processors: threads of our own would have to share these with them, and take as long to start
 // as a small map takes to convolve.
+#if defined(__linux__)
+const pid_t process = getpid();  // when this was loaded: the team may be older than our first call
+#endif
+
 Team torch_team() {
 #if defined(__linux__)
-  static const pid_t process = getpid();
   static const Team team = []() -> Team {
     void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
     return torch ? reinterpret_cast<Team>(dlsym(torch, "GOMP_parallel")) : nullptr;

@@ -119,8 +119,7 @@ template <class Layout>
 cudaError_t launch_in_clusters(void (*kernel)(InsertionProblem, Layout), int size, int threads,
                                const InsertionProblem& p, const InsertionPlan& plan, const Layout& at, int edits,
                                cudaStream_t stream) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel));
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute shape{};
   shape.id = cudaLaunchAttributeClusterDimension;

@@ -399,8 +399,7 @@ __global__ void __launch_bounds__(Traits<R, C, Y>::kThreads, 1)
 
 template <int R, int C, int Y>
 cudaError_t launch(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(resident_kernel<R, C, Y>, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(resident_kernel<R, C, Y>));
   if (error != cudaSuccess) return error;
   const int channels = plan.channels_per_block;
   const Layout at =

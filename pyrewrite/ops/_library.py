@@ -10,6 +10,7 @@ in its place.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -115,6 +116,11 @@ def _load() -> tuple[ModuleType | None, str]:
             f"two releases are mixed. Install again"
         )
     return _C, ""
+
+
+# Loaded before a fork, the module can tell that torch's threads are not in the child.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_load)
 
 
 def native_problem() -> str:

@@ -4,11 +4,13 @@ alone. What needs streams needs torch with CUDA; threads are tried wherever a ke
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,9 +84,9 @@ def insertion_work(**variant: object) -> Work:
 
 
 def convolution_work(operator: Callable[..., Tensor], *filters: Sequence[float]) -> Work:
-    x, weight = torch.randn(2, 32, 13, 11), torch.randn(48, 32, 3, 3)
+    x, weight = torch.randn(2, 32, 11, 7), torch.randn(48, 32, 3, 3)
     style, demod, bias = torch.rand(2, 32), torch.rand(2, 48), torch.randn(48)
-    size = (26, 22) if filters else (13, 11)
+    size = (22, 14) if filters else (11, 7)
     noise, result = torch.randn(size), torch.zeros(2, 48, *size)
 
     def call(state: list[Tensor], inputs: list[Tensor], impl: str | None) -> None:
@@ -160,6 +162,77 @@ def check_threads(work: Work, impl: str, place: Callable[[Tensor], Tensor]) -> N
     assert found[1] is not None, "the second thread raised"
     assert same(found[0], expected)
     assert same(found[1], expected)
+
+
+FORK = """
+import hashlib, os, signal, sys
+sys.path += sys.argv[2:]
+import torch
+import test_streams_and_threads as tests
+
+def tell(works):
+    for name, work in works.items():
+        result = work.result("cpu")
+        print(name, hashlib.sha256(b"".join(x.numpy().tobytes() for x in result)).hexdigest(), flush=True)
+
+torch.manual_seed(0)
+torch.set_num_threads(3)
+works = {name: make() for name, make in {**tests.WORKS, **tests.ON_THE_PROCESSOR}.items()}
+copies = {name: work.placed(lambda x: x) for name, work in works.items()}
+torch.rand(1 << 20).exp()  # starts torch's threads, which the child has none of
+if sys.argv[1] == "operators":
+    for work in works.values():
+        work.placed(lambda x: x).run("cpu")
+child = os.fork()
+if child == 0:
+    signal.alarm(60)  # rather than wait for threads that are not there
+    try:
+        tell(copies)
+    finally:
+        os._exit(0)
+os.waitpid(child, 0)
+tell(works)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.parametrize("before", ["operators", "torch alone"])
+def test_a_forked_child_gets_the_same_bits(before):
+    """Whatever started torch's threads before the fork. Torch's own operators would wait for these threads for ever
+    in the child, so all that it takes from torch here is too small to be shared out.
+    """
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", FORK, before, str(here), str(here.parent)]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=120)
+    told, count = done.stdout.splitlines(), len(WORKS) + len(ON_THE_PROCESSOR)
+    assert len(told) == 2 * count, done
+    assert told[:count] == told[count:]
+
+
+@pytest.mark.cuda
+def test_threads_with_different_sizes(on_device):
+    """How much shared memory a kernel may have is the kernel's, not the launch's: a small launch must not take it from
+    a large one of another thread, which would then be refused.
+    """
+    works = [
+        insertion_work(o=2, rank=1, sizes=(size,)).placed(on_device)
+        for size in ((50, 52), (50, 51), (2, 3), (3, 2), (2, 2), (3, 3))
+    ]
+    started, problems = threading.Barrier(len(works)), []
+
+    def body(work: Work) -> None:
+        started.wait()
+        try:
+            work.result("cuda", times=250)
+        except RuntimeError as problem:
+            problems.append(problem)
+
+    threads = [threading.Thread(target=body, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
 
 
 class TestStreams:
