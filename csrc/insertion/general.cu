@@ -293,7 +293,7 @@ InsertionPlan plan_general(const InsertionProblem& p, const InsertionDevice& dev
     for (const bool resident : {true, false}) {
       const std::int64_t bytes = 4 * layout_of(p.rank * p.taps, p.pixels, c, resident).size;
       if (bytes <= device.shared_bytes)
-        return {(p.channels + c - 1) / c, c, static_cast<int>(bytes), resident, (p.channels + c - 1) / c, 0, 0};
+        return {(p.channels + c - 1) / c, c, static_cast<int>(bytes), resident, (p.channels + c - 1) / c, 0};
     }
   return {};
 }

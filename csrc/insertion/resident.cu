@@ -415,7 +415,7 @@ InsertionPlan plan(const InsertionProblem& p, const InsertionDevice& device, int
       layout_of(R, p.heights[0], p.widths[0], Y, channels, Traits<R, C, Y>::kWarps * Traits<R, C, Y>::kSums);
   if (4 * at.size > device.shared_bytes) return {};
   const int blocks = (p.channels + channels - 1) / channels;
-  return {blocks, channels, 4 * at.size, true, blocks * channels, 0, 0};
+  return {blocks, channels, 4 * at.size, true, blocks * channels, 0};
 }
 
 // One direction leaves the registers for two channels a thread, which share the loads of keys, noise and weights, and
