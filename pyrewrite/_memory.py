@@ -12,7 +12,9 @@ import torch
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be had: of the GPU, or of this machine, caches of the system counted as free."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch keeps for the next tensors is taken, as the driver sees it, and free for them.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:
@@ -31,7 +33,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+    # The last one: cuDNN's and cuBLAS's CUDNN_STATUS_ALLOC_FAILED, for what they need beside the tensors.
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
+    return any(sign in text for sign in signs)
 
 
 def lowered(size: int, device: torch.device, what: str, stacklevel: int = 3) -> int:

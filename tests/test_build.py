@@ -49,7 +49,7 @@ def test_diagnosis_names_the_kernels_of_each_architecture():
     class Module:
         @staticmethod
         def build_info():
-            return {"cuda_architectures": "86-real;90a-real;90;120"}
+            return {"cuda_architectures": "86-real 90a-real 90 120 120-virtual"}
 
         @staticmethod
         def second_moment_family(major, minor, sm90, dtype, precision):

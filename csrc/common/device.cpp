@@ -53,6 +53,18 @@ Status cuda_status(cudaError_t error, const char* what, int device) {
                        cudaGetErrorString(error));
 }
 
+cudaError_t allow_shared_memory(const void* kernel) {
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaFuncAttributes attributes{};
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
+  most -= static_cast<int>(attributes.sharedSizeBytes);
+  if (attributes.maxDynamicSharedSizeBytes >= most) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
 Status waited_for(const Status& launched, cudaStream_t stream, const char* what, int device) {
   const cudaError_t error = cudaStreamSynchronize(stream);
   if (launched.ok()) return cuda_status(error, what, device);

@@ -35,6 +35,11 @@ CudaReport cuda_report();
 // What failed and why; where this binary holds no code for the GPU, names both.
 Status cuda_status(cudaError_t error, const char* what, int device);
 
+// Lets a kernel have all the dynamic shared memory that a block of the current device can have beside its own. The most
+// it may ask for belongs to the kernel, not to a launch: a launch that set no more than it needs would take from one
+// that another thread is about to make.
+cudaError_t allow_shared_memory(const void* kernel);
+
 // Waits for the stream, whatever became of the launches before: when it returns, nothing of them runs any more, so that
 // memory may be freed. The status of the launches, or, where they were fine, that of waiting.
 Status waited_for(const Status& launched, cudaStream_t stream, const char* what, int device);

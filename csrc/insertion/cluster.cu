@@ -3,170 +3,30 @@
 // its shared memory from the first step to the last and the matrix instruction's tiles are full. Both products of a
 // step go through the tensor cores. Then each block collects the gradient of an eighth of the channels from the others,
 // takes Adam's step for them and sends the new Lambda to all. Clusters never wait for one another.
+//
+// Where all pixels of a segment weigh the same, dloss / dz needs no rounding: its sign times the activation's slope is
+// one of two whole numbers, after a scale (whole_slopes).
 #include <cooperative_groups.h>
-#include <cuda_pipeline.h>
 
-#include "insertion/cluster_layout.h"
-#include "insertion/mma.h"
+#include "insertion/cluster_block.h"
 
 namespace pyrewrite {
 namespace {
 
 namespace cg = cooperative_groups;
-using T = ClusterTraits;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// Rows: tiles of 16 channels.
 template <int Rows>
-struct Worker {
-  static constexpr int kChannels = 16 * Rows;            // of a cluster
-  static constexpr int kOwned = kChannels / T::kBlocks;  // channels whose Adam a block does
-  static constexpr int kHeld = 2 * Rows;                 // rows of a product that a lane holds
-  static constexpr int kKeyTiles = 10 / Rows;            // eights of keys that a warp holds in the gradient's product
-  static_assert(T::kThreads / kOwned % 32 == 0, "whole warps for each owned channel");
-
-  const InsertionProblem& p;
-  const InsertionArrays& edit;
-  const ClusterLayout& at;
-  const Share& share;
-  char* shared;
-  unsigned address;         // of `shared`
-  float* cross;             // this block's segments x channels x keys
-  const float* gram_scale;  // of each segment
-  int first;                // channel of the cluster
-  int block;                // of the cluster
-  int rank;                 // padded
-  int warp, lane;
-  float map_scale, by_scale;
-
-  __device__ float* floats(std::int64_t offset) const { return reinterpret_cast<float*>(shared + offset); }
-  __device__ float& sum(int which, int of_warp, int c) const {
-    return floats(at.sums)[(which * T::kWarps + of_warp) * kChannels + c];
-  }
-  // Channel of row `row` (0 ... kHeld - 1) that this lane holds of a product: tiles of 16, halves of 8.
-  __device__ int channel_of(int row) const { return row / 2 * 16 + row % 2 * 8 + lane / 4; }
-  // Of a window's tap in the segment's map, in bytes.
-  __device__ int tap_offset(const Segment& s, int tap) const {
-    return (tap / p.kernel_width * map_width(p, s.target) + tap % p.kernel_width) * at.position;
-  }
-  // The largest |x| of the block, in all threads.
-  __device__ float largest(float x) const {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
-    __syncthreads();
-    if (lane == 0) sum(0, warp, 0) = x;
-    __syncthreads();
-    for (int w = 0; w < T::kWarps; ++w) x = fmaxf(x, sum(0, w, 0));
-    return x;
-  }
-
-  // -- before the first step ------------------------------------------------------------------------------------------
-
-  __device__ void put(std::int64_t row, int d, float scaled) const {
-    const Split value = split(scaled);
-    __half* to = reinterpret_cast<__half*>(shared + row);
-    to[d] = value.hi;
-    to[rank + d] = value.lo;
-  }
-
-  // First row of the map that the piece of segment s from group `group` on reads.
-  __device__ int first_row(const Segment& s, int group) const {
-    return (s.begin + group * T::kGroup) / p.widths[s.target];
-  }
-
-  // Where each pixel's window begins in shared memory, in bytes.
-  __device__ void load_places() const {
-    for (int n = 0; n < share.count; ++n) {
-      const Segment& s = share.segments[n];
-      const int w = p.widths[s.target], start = at.room > 0 ? 0 : s.map;
-      for (int i = threadIdx.x; i < groups_of(s.end - s.begin) * T::kGroup; i += T::kThreads) {
-        const int u = min(s.begin + i, s.end - 1);  // past the end: read anything, count nothing
-        const int row = first_row(s, i / T::kGroup / s.piece * s.piece);
-        reinterpret_cast<int*>(shared + at.places)[s.pixel + i] =
-            (start + (u / w - row) * map_width(p, s.target) + u % w) * at.position;
-      }
-    }
-  }
-
-  // Starts to copy `bytes` of this block's maps in scratch to shared memory.
-  __device__ void copy_maps(std::int64_t from, std::int64_t to, int bytes) const {
-    const char* maps = reinterpret_cast<const char*>(edit.scratch + scratch_map(at, block)) + from;
-    for (int i = threadIdx.x * 16; i < bytes; i += T::kThreads * 16)
-      __pipeline_memcpy_async(shared + at.map + to + i, maps + i, 16);
-    __pipeline_commit();
-  }
-
-  // The map of the piece of segment n from group `group` on.
-  __device__ void copy_piece(int n, int group) const {
-    const Segment& s = share.segments[n];
-    const int end = min(s.begin + (group + s.piece) * T::kGroup, s.end), width = map_width(p, s.target);
-    const int row = first_row(s, group), rows = (end - 1) / p.widths[s.target] - row + p.kernel_height;
-    copy_maps((std::int64_t(s.map) + (row - s.row) * width) * at.position, 0, rows * width * at.position);
-  }
-
-  // All maps, where they stay; else the first piece.
-  __device__ void start_maps() const {
-    if (at.room == 0)
-      copy_maps(0, 0, share.positions * at.position);
-    else if (share.count > 0)
-      copy_piece(0, 0);
-  }
-
-  __device__ void load_demodulation(float* scales) const {
-    if (!p.demodulate) return;
-    const int k = p.rank * p.taps;
-    for (int n = 0; n < share.count; ++n) {
-      const int b = share.segments[n].target;
-      const float* gram = edit.gram + std::int64_t(b) * p.rank * p.rank;
-      float most = 0.f;
-      for (int i = threadIdx.x; i < p.rank * p.rank; i += T::kThreads) most = fmaxf(most, fabsf(gram[i]));
-      const float scale = half_scale(largest(most));
-      if (threadIdx.x == 0) scales[n] = scale;
-      for (int i = threadIdx.x; i < rank * rank; i += T::kThreads) {
-        const int e = i / rank, d = i % rank;
-        put(at.gram + std::int64_t(n * rank + e) * at.position, d,
-            e < p.rank && d < p.rank ? gram[e * p.rank + d] * scale : 0.f);
-      }
-      for (int i = threadIdx.x; i < kChannels * at.keys; i += T::kThreads) {
-        const int c = i / at.keys, key = key_of(p, i % at.keys);
-        cross[std::int64_t(n) * kChannels * at.keys + i] =
-            key >= 0 && first + c < p.channels ? edit.cross[(std::int64_t(b) * p.channels + first + c) * k + key] : 0.f;
-      }
-    }
-  }
-
-  // This block's own channels: Lambda (0), mean (1) or square (2) at padded key kk.
-  __device__ float& own(int which, int c, int kk) const { return floats(at.own)[(which * kOwned + c) * at.keys + kk]; }
-
-  // Calls f(place in the problem's state, channel, padded key) for the real entries of the own channels.
-  template <class F>
-  __device__ void for_state(F f) const {
-    for (int i = threadIdx.x; i < kOwned * at.keys; i += T::kThreads) {
-      const int c = i / at.keys, kk = i % at.keys, key = key_of(p, kk);
-      const int channel = first + block * kOwned + c;
-      if (key >= 0 && channel < p.channels) f(std::int64_t(channel) * p.rank * p.taps + key, c, kk);
-    }
-  }
-
-  __device__ void load_state() const {
-    for (int i = threadIdx.x; i < 3 * kOwned * at.keys; i += T::kThreads) floats(at.own)[i] = 0.f;
-    if (threadIdx.x < kChannels) floats(at.demod)[threadIdx.x] = 1.f;
-    __syncthreads();
-    for_state([&](std::int64_t from, int c, int kk) {
-      own(0, c, kk) = edit.lambda[from];
-      own(1, c, kk) = edit.exp_avg[from];
-      own(2, c, kk) = edit.exp_avg_sq[from];
-    });
-  }
-
-  __device__ void store_state() const {
-    for_state([&](std::int64_t to, int c, int kk) {
-      edit.lambda[to] = own(0, c, kk);
-      edit.exp_avg[to] = own(1, c, kk);
-      edit.exp_avg_sq[to] = own(2, c, kk);
-    });
-  }
+struct Worker : ClusterBlock<Rows> {
+  using Block = ClusterBlock<Rows>;
+  using Block::cross, Block::tiles, Block::gram_scale, Block::first, Block::block, Block::rank, Block::warp;
+  using Block::kChannels, Block::kOwned, Block::kHeld;
+  using Block::lane, Block::floats, Block::sum, Block::channel_of, Block::tap_offset, Block::own;
+  using Block::p, Block::edit, Block::at, Block::share, Block::scales, Block::shared, Block::address;
+  using typename Block::Tile;
+  static constexpr int kFifth = 2 / Rows;  // key tiles of a fifth of what a warp holds in the gradient's product
+  static constexpr int kKeyTiles = 5 * kFifth;
 
   // -- products -------------------------------------------------------------------------------------------------------
 
@@ -186,39 +46,38 @@ struct Worker {
     const float inverse_gram = 1.f / gram_scale[n];
     // 16 keys at a time: they are of one tap, and share what is read of Lambda.
     for (int pair = warp; pair < at.keys / 16; pair += T::kWarps) {
-      const int tap = pair * 16 / rank, e = pair * 16 % rank;
+      const int tap = pair * 16 / rank, e = pair * 16 % rank, kk = pair * 16 + lane % 4 * 2;
+      // Read now, used after the product: the memory has that time to answer.
+      float2 crosses[2][kHeld];
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+        for (int r = 0; r < kHeld; ++r)
+          crosses[tile][r] = *reinterpret_cast<const float2*>(
+              cross + (std::int64_t(n) * kChannels + channel_of(r)) * at.keys + kk + tile * 8);
       const unsigned row =
           address + at.gram + (n * rank + e + lane % 8) * at.position + lane / 16 * rank * 2 + lane / 8 % 2 * 16;
       float acc[2][Rows][4] = {};
       for (int d = 0; d < rank; d += 16) {
-        unsigned hi[Rows][4], lo[Rows][4];
+        unsigned hi[Rows][4], lo[Rows][4], b[2][4];
         load_lambda(tap * rank + d, hi, lo);
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-          unsigned b[4];
-          load_matrices(b, row + tile * 8 * at.position + d * 2);
-#pragma unroll
-          for (int m = 0; m < Rows; ++m) multiply_split(acc[tile][m], hi[m], lo[m], b);
-        }
+        load_matrices(b[0], row + d * 2);
+        load_matrices(b[1], row + 8 * at.position + d * 2);
+        multiply_tiles<false>(acc, hi, lo, b);
       }
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        const int kk = pair * 16 + tile * 8 + lane % 4 * 2;
+      for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
         for (int r = 0; r < kHeld; ++r) {
-          const int c = channel_of(r);
-          const float scale = floats(at.inverse)[c] * inverse_gram;
+          const float scale = floats(at.inverse)[channel_of(r)] * inverse_gram;
           const float* product = acc[tile][r / 2] + r % 2 * 2;
-          const float2 crosses =
-              *reinterpret_cast<const float2*>(cross + (std::int64_t(n) * kChannels + c) * at.keys + kk);
-          f(r, kk, make_float2(product[0] * scale, product[1] * scale), crosses);
+          f(r, kk + tile * 8, make_float2(product[0] * scale, product[1] * scale), crosses[tile][r]);
         }
-      }
     }
   }
 
-  // demod of segment n's target, all channels. Two barriers.
-  __device__ void demodulate(int n) const {
+  // demod of segment n's target, all channels. `keep`: cross + gram Lambda goes to the gradient's place. Two barriers.
+  __device__ void demodulate(int n, bool keep) const {
     float norm2[kHeld] = {};
     for_products(n, [&](int r, int kk, float2 product, float2 crosses) {
       const int c = channel_of(r);
@@ -228,6 +87,7 @@ struct Worker {
       const float inverse = floats(at.inverse)[c];
       norm2[r] += (2.f * crosses.x + product.x) * ((hi.x + lo.x) * inverse) +
                   (2.f * crosses.y + product.y) * ((hi.y + lo.y) * inverse);
+      if (keep) *gradient_at(c, kk) = make_float2(crosses.x + product.x, crosses.y + product.y);
     });
 #pragma unroll
     for (int r = 0; r < kHeld; ++r) {
@@ -246,129 +106,169 @@ struct Worker {
     __syncthreads();
   }
 
-  // Value, sign and dloss / dz of `Groups` groups of pixels: group `group` of the chunk that begins at pixel `chunk` of
-  // the segment, and those a whole round of warps further.
+  // What of a tile's pixels is read from global memory.
+  struct Pixels {
+    float4 base[Rows], goal[Rows];
+    float2 noise, weight;
+  };
+
+  __device__ void load_pixels(Pixels& pixels, const Tile& tile) const {
+#pragma unroll
+    for (int m = 0; m < Rows; ++m) pixels.base[m] = tile.base[m][lane], pixels.goal[m] = tile.goal[m][lane];
+    pixels.noise = tile.noise[lane % 4], pixels.weight = tile.weight[lane % 4];
+  }
+
+  // Value, sign and dloss / dz of `Groups` groups of pixels: that of this warp in the chunk that begins at group
+  // `chunk` of segment n, and those a whole round of warps further.
   template <int Groups>
-  __device__ void forward(const Segment& s, int chunk, int group, float (&by_demod)[kHeld],
-                          float (&loss)[kHeld]) const {
+  __device__ void forward(int n, int chunk, float (&by_demod)[kHeld], float (&loss)[kHeld]) const {
     constexpr int kTiles = 2 * Groups;
-    float acc[kTiles][Rows][4] = {}, base[kTiles][Rows][4], goal[kTiles][Rows][4];
+    const Segment& s = share.segments[n];
+    const int* places = reinterpret_cast<const int*>(shared + at.places) + s.pixel + chunk * T::kGroup;
+    const Tile* from = tiles + s.pixel / T::kTile + chunk * 2;
+    float acc[kTiles][Rows][4] = {};
     unsigned keys[kTiles];
-    const int* places = reinterpret_cast<const int*>(shared + at.places) + s.pixel;
-    const int start = p.starts[s.target];
-    int pixel[kTiles];  // of the chunk: the first of the tile
+    int number[kTiles];  // of the tile in the chunk
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      pixel[tile] = (group + tile / 2 * T::kWarps) * T::kGroup + tile % 2 * 8;
-      keys[tile] = address + at.map + places[chunk + pixel[tile] + lane % 8] + lane / 16 * rank * 2 + lane / 8 % 2 * 16;
-#pragma unroll
-      for (int i = 0; i < 4 * Rows; ++i) {
-        // Read now, used after the product: the memory has all its time to answer.
-        const int c = first + i / 4 * 16 + i % 4 / 2 * 8 + lane / 4;
-        const int u = min(s.begin + chunk + pixel[tile] + lane % 4 * 2 + i % 2, s.end - 1);
-        const std::int64_t from = std::int64_t(c) * p.pixels + start + u;
-        base[tile][i / 4][i % 4] = c < p.channels ? edit.base[from] : 0.f;
-        goal[tile][i / 4][i % 4] = c < p.channels ? edit.goal[from] : 0.f;
-      }
+      number[tile] = (warp + tile / 2 * T::kWarps) * 2 + tile % 2;
+      keys[tile] = address + at.map + places[number[tile] * 8 + lane % 8] + lane / 16 * rank * 2 + lane / 8 % 2 * 16;
     }
+    // Read now, used after the product: the memory has all its time to answer.
+    Pixels pixels[2];
+    load_pixels(pixels[0], from[number[0]]);
+    load_pixels(pixels[1], from[number[1]]);
+    int kk = 0;
     for (int tap = 0; tap < p.taps; ++tap) {
       const int offset = tap_offset(s, tap);
-      for (int d = 0; d < rank; d += 16) {
-        unsigned hi[Rows][4], lo[Rows][4];
-        load_lambda(tap * rank + d, hi, lo);
+#pragma unroll 1
+      for (int d = 0; d < rank; d += 16, kk += 16) {
+        unsigned hi[Rows][4], lo[Rows][4], b[2][2][4];
+        load_lambda(kk, hi, lo);
+        load_keys(b[0], keys, 0, offset + d * 2);
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          unsigned b[4];
-          load_matrices(b, keys[tile] + offset + d * 2);
-#pragma unroll
-          for (int m = 0; m < Rows; ++m) multiply_split(acc[tile][m], hi[m], lo[m], b);
+        for (int group = 0; group < Groups; ++group) {
+          if (group + 1 < Groups) load_keys(b[(group + 1) % 2], keys, group + 1, offset + d * 2);
+          multiply_tiles<false>(acc + 2 * group, hi, lo, b[group % 2]);
         }
       }
     }
+    const bool whole = scales.whole[n];
+    const float by_scale = scales.by[n];
+    const int by_row = T::by_row(whole);
     float demod[kHeld], bias[kHeld], scale[kHeld];
 #pragma unroll
     for (int r = 0; r < kHeld; ++r) {
       const int c = channel_of(r);
       demod[r] = floats(at.demod)[c];
       bias[r] = first + c < p.channels ? edit.bias[first + c] : 0.f;
-      scale[r] = floats(at.inverse)[c] / map_scale;
+      scale[r] = floats(at.inverse)[c] / scales.map;
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      const int local = pixel[tile] + lane % 4 * 2, u = s.begin + chunk + local;
-      float noise[2], weight[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        noise[i] = edit.noise[start + min(u + i, s.end - 1)];
-        weight[i] = u + i < s.end ? edit.weight[start + u + i] / p.channels : 0.f;
-      }
+      const Pixels now = pixels[tile % 2];
+      if (tile + 2 < kTiles) load_pixels(pixels[tile % 2], from[number[tile + 2]]);
+      const float noise[2] = {now.noise.x, now.noise.y}, weight[2] = {now.weight.x, now.weight.y};
 #pragma unroll
       for (int r = 0; r < kHeld; ++r) {
-        Split by[2];
+        const float* base = &now.base[r / 2].x + r % 2 * 2;
+        const float* goal = &now.goal[r / 2].x + r % 2 * 2;
+        float by[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int at_value = r % 2 * 2 + i;
-          const float y = base[tile][r / 2][at_value] + acc[tile][r / 2][at_value] * scale[r];
-          const float by_z = pixel_step<ScalarOps>(y, demod[r], noise[i] + bias[r], goal[tile][r / 2][at_value],
-                                                   weight[i], p.up, p.down, loss[r]);
+          const float y = base[i] + acc[tile][r / 2][r % 2 * 2 + i] * scale[r];
+          const float by_z =
+              pixel_step<ScalarOps>(y, demod[r], noise[i] + bias[r], goal[i], weight[i], p.up, p.down, loss[r]);
           by_demod[r] += by_z * y;
-          by[i] = split(by_z * by_scale);
+          by[i] = by_z * by_scale;
         }
-        char* to = shared + at.by + channel_of(r) * at.by_row + local * 2;
-        *reinterpret_cast<unsigned*>(to) = pack(by[0].hi, by[1].hi);
-        *reinterpret_cast<unsigned*>(to + kChannels * at.by_row) = pack(by[0].lo, by[1].lo);
+        char* to = shared + at.by + channel_of(r) * by_row + (number[tile] * 8 + lane % 4 * 2) * 2;
+        const Split first_by = split(by[0]), second_by = split(by[1]);
+        *reinterpret_cast<unsigned*>(to) = pack(first_by.hi, second_by.hi);
+        if (!whole) *reinterpret_cast<unsigned*>(to + kChannels * by_row) = pack(first_by.lo, second_by.lo);
       }
     }
   }
 
-  // gradient += demod dloss/dz keys^T over `groups` groups of pixels from `chunk` on; `fresh`: = instead. A key tile is
-  // one warp's, and every warp has as many as another, or one less.
-  __device__ void accumulate(const Segment& s, int chunk, int groups, bool fresh) const {
+  __device__ static void load_keys(unsigned (&b)[2][4], const unsigned* keys, int group, int offset) {
+    load_matrices(b[0], keys[2 * group] + offset);
+    load_matrices(b[1], keys[2 * group + 1] + offset);
+  }
+
+  // What the gradient's product reads of a group of pixels.
+  template <int Tiles, bool Whole>
+  struct Factors {
+    unsigned hi[Rows][4], lo[Rows][4], keys[Tiles][4];
+
+    __device__ void load(const Worker& w, const int* places, const int (&offset)[Tiles], int group) {
+      constexpr int kRow = T::by_row(Whole);
+#pragma unroll
+      for (int m = 0; m < Rows; ++m) {
+        const unsigned row = w.address + w.at.by + (m * 16 + w.lane % 16) * kRow + (group * 16 + w.lane / 16 * 8) * 2;
+        load_matrices(hi[m], row);
+        if (!Whole) load_matrices(lo[m], row + kChannels * kRow);
+      }
+      const unsigned from = w.address + w.at.map + places[group * T::kGroup] + w.lane / 16 * w.rank * 2;
+#pragma unroll
+      for (int j = 0; j < Tiles; ++j) load_matrices_transposed(keys[j], from + offset[j]);
+    }
+  };
+
+  // gradient = keep gradient + demod dloss/dz keys^T over `groups` groups of pixels from group `chunk` of segment n on,
+  // for `count` key tiles from `tile` on; `fresh`: there is no gradient before. Tiles: count, or one more.
+  template <int Tiles, bool Whole>
+  __device__ void accumulate_tiles(int n, int chunk, int groups, int tile, int count, bool fresh,
+                                   const float (&keep)[kHeld]) const {
+    const Segment& s = share.segments[n];
+    const int* places = reinterpret_cast<const int*>(shared + at.places) + s.pixel + chunk * T::kGroup + lane % 16;
+    float acc[Tiles][Rows][4] = {};
+    int offset[Tiles];
+#pragma unroll
+    for (int j = 0; j < Tiles; ++j) {
+      const int kk = (tile + (j < count ? j : 0)) * 8;
+      offset[j] = tap_offset(s, kk / rank) + kk % rank * 2;
+    }
+    // A group's factors are read while the one before is multiplied.
+    Factors<Tiles, Whole> now, next;
+    now.load(*this, places, offset, 0);
+#pragma unroll 2
+    for (int group = 0; group < groups; ++group) {
+      next.load(*this, places, offset, min(group + 1, groups - 1));
+      multiply_tiles<Whole>(acc, now.hi, now.lo, now.keys);
+      now = next;
+    }
+    const float unscale = 1.f / (scales.by[n] * scales.map);
+#pragma unroll
+    for (int r = 0; r < kHeld; ++r) {
+      const int c = channel_of(r);
+      const float scale = floats(at.demod)[c] * unscale;
+#pragma unroll
+      for (int j = 0; j < Tiles; ++j) {
+        if (j >= count) break;
+        float2* to = gradient_at(c, (tile + j) * 8 + lane % 4 * 2);
+        const float2 before = fresh ? make_float2(0.f, 0.f) : *to;
+        const float* product = acc[j][r / 2] + r % 2 * 2;
+        *to = make_float2(keep[r] * before.x + scale * product[0], keep[r] * before.y + scale * product[1]);
+      }
+    }
+  }
+
+  // The same for all key tiles. One is one warp's, and every warp has as many as another, or one less.
+  template <bool Whole>
+  __device__ void accumulate(int n, int chunk, int groups, bool fresh, const float (&keep)[kHeld]) const {
     const int tiles = at.keys / 8, rounds = (tiles + T::kWarps * kKeyTiles - 1) / (T::kWarps * kKeyTiles);
-    const int* places = reinterpret_cast<const int*>(shared + at.places) + s.pixel + chunk + lane % 16;
-    const float unscale = 1.f / (by_scale * map_scale);
     for (int round = 0; round < rounds; ++round) {
       const int begin = tiles * round / rounds, here = tiles * (round + 1) / rounds - begin;
       const int count = here / T::kWarps + (warp < here % T::kWarps);
       const int tile = begin + here / T::kWarps * warp + min(warp, here % T::kWarps);
-      float acc[kKeyTiles][Rows][4] = {};
-      int offset[kKeyTiles];
-#pragma unroll
-      for (int j = 0; j < kKeyTiles; ++j) {
-        const int kk = (tile + j) * 8;
-        offset[j] = j < count ? tap_offset(s, kk / rank) + kk % rank * 2 : 0;
-      }
-      for (int group = 0; group < groups; ++group) {
-        unsigned hi[Rows][4], lo[Rows][4];
-#pragma unroll
-        for (int m = 0; m < Rows; ++m) {
-          const unsigned row = address + at.by + (m * 16 + lane % 16) * at.by_row + (group * 16 + lane / 16 * 8) * 2;
-          load_matrices(hi[m], row);
-          load_matrices(lo[m], row + kChannels * at.by_row);
-        }
-        const unsigned keys = address + at.map + places[group * T::kGroup] + lane / 16 * rank * 2;
-#pragma unroll
-        for (int j = 0; j < kKeyTiles; ++j) {
-          if (j >= count) break;
-          unsigned b[4];
-          load_matrices_transposed(b, keys + offset[j]);
-#pragma unroll
-          for (int m = 0; m < Rows; ++m) multiply_split(acc[j][m], hi[m], lo[m], b);
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kKeyTiles; ++j) {
-        if (j >= count) break;
-#pragma unroll
-        for (int r = 0; r < kHeld; ++r) {
-          const int c = channel_of(r);
-          const float scale = floats(at.demod)[c] * unscale;
-          float2* to = gradient_at(c, (tile + j) * 8 + lane % 4 * 2);
-          const float2 before = fresh ? make_float2(0.f, 0.f) : *to;
-          *to =
-              make_float2(before.x + scale * acc[j][r / 2][r % 2 * 2], before.y + scale * acc[j][r / 2][r % 2 * 2 + 1]);
-        }
-      }
+      if (count > 4 * kFifth)
+        accumulate_tiles<5 * kFifth, Whole>(n, chunk, groups, tile, count, fresh, keep);
+      else if (count > 3 * kFifth)
+        accumulate_tiles<4 * kFifth, Whole>(n, chunk, groups, tile, count, fresh, keep);
+      else if (count > 2 * kFifth)
+        accumulate_tiles<3 * kFifth, Whole>(n, chunk, groups, tile, count, fresh, keep);
+      else if (count > 0)
+        accumulate_tiles<2 * kFifth, Whole>(n, chunk, groups, tile, count, fresh, keep);
     }
   }
 
@@ -376,15 +276,15 @@ struct Worker {
     return reinterpret_cast<float2*>(floats(at.gradient) + c * at.gradient_row + kk);
   }
 
-  // d demod / d Lambda = -demod^3 (cross + gram Lambda). One barrier.
-  __device__ void finish_segment(int n, const float (&by_demod)[kHeld]) const {
-    float by_norm[kHeld];
+  // demod^3 times the sum over this block's pixels, in all warps. One barrier in between.
+  __device__ void put_by_demod(const float (&by_demod)[kHeld]) const {
 #pragma unroll
     for (int r = 0; r < kHeld; ++r) {
-      by_norm[r] = quad_sum(by_demod[r]);
-      if (lane % 4 == 0) sum(1, warp, channel_of(r)) = by_norm[r];
+      const float all = quad_sum(by_demod[r]);
+      if (lane % 4 == 0) sum(1, warp, channel_of(r)) = all;
     }
-    __syncthreads();
+  }
+  __device__ void get_by_norm(float (&by_norm)[kHeld]) const {
 #pragma unroll
     for (int r = 0; r < kHeld; ++r) {
       const float demod = floats(at.demod)[channel_of(r)];
@@ -392,10 +292,45 @@ struct Worker {
       for (int w = 0; w < T::kWarps; ++w) by_norm[r] += sum(1, w, channel_of(r));
       by_norm[r] *= demod * demod * demod;
     }
+  }
+
+  // d demod / d Lambda = -demod^3 (cross + gram Lambda). One barrier.
+  __device__ void finish_segment(int n, const float (&by_demod)[kHeld]) const {
+    float by_norm[kHeld];
+    put_by_demod(by_demod);
+    __syncthreads();
+    get_by_norm(by_norm);
     for_products(n, [&](int r, int kk, float2 product, float2 crosses) {
       float2* to = gradient_at(channel_of(r), kk);
       *to = make_float2(to->x - by_norm[r] * (crosses.x + product.x), to->y - by_norm[r] * (crosses.y + product.y));
     });
+  }
+
+  // `groups` groups of pixels from group `chunk` of segment n on. `kept`: cross + gram Lambda is in the gradient's
+  // place, and these are all pixels of the segment. `fresh`: nothing is.
+  __device__ void run_chunk(int n, int chunk, int groups, bool kept, bool fresh, float (&by_demod)[kHeld],
+                            float (&loss)[kHeld]) const {
+    // Groups of this warp: whole numbers, up to four; else up to two.
+    const int mine = (groups - warp + T::kWarps - 1) / T::kWarps;
+    if (mine > 3)
+      forward<4>(n, chunk, by_demod, loss);
+    else if (mine > 2)
+      forward<3>(n, chunk, by_demod, loss);
+    else if (mine > 1)
+      forward<2>(n, chunk, by_demod, loss);
+    else if (mine > 0)
+      forward<1>(n, chunk, by_demod, loss);
+    if (kept) put_by_demod(by_demod);
+    __syncthreads();  // dloss / dz is whole
+    float keep[kHeld];
+    if (kept) get_by_norm(keep);
+#pragma unroll
+    for (int r = 0; r < kHeld; ++r) keep[r] = kept ? -keep[r] : 1.f;
+    if (scales.whole[n])
+      accumulate<true>(n, chunk, groups, fresh, keep);
+    else
+      accumulate<false>(n, chunk, groups, fresh, keep);
+    __syncthreads();  // dloss / dz and the map are used up, the gradient whole
   }
 
   // This block's part of the gradient of all channels, and of the loss. Ends without a barrier.
@@ -408,34 +343,27 @@ struct Worker {
     float loss[kHeld] = {};
     for (int n = 0; n < share.count; ++n) {
       const Segment& s = share.segments[n];
-      const int all = groups_of(s.end - s.begin);
+      const int all = groups_of(s.end - s.begin), most = T::chunk_groups(scales.whole[n]);
+      const bool kept = p.demodulate && n == 0 && all <= min(most, s.piece);
       float by_demod[kHeld] = {};
-      if (p.demodulate) demodulate(n);
+      if (p.demodulate) demodulate(n, kept);
       for (int piece = 0; piece < all; piece += s.piece) {
         const int end = min(piece + s.piece, all);
         if (at.room > 0) {
           __pipeline_wait_prior(0);
           __syncthreads();  // the piece's map is whole
         }
-        for (int group = piece; group < end; group += T::kChunkGroups) {
-          const int groups = min(T::kChunkGroups, end - group), chunk = group * T::kGroup;
-          if (warp + T::kWarps < groups)
-            forward<2>(s, chunk, warp, by_demod, loss);
-          else if (warp < groups)
-            forward<1>(s, chunk, warp, by_demod, loss);
-          __syncthreads();  // dloss / dz is whole
-          accumulate(s, chunk, groups, n == 0 && group == 0);
-          __syncthreads();  // dloss / dz and the map are used up, the gradient whole
-        }
+        for (int group = piece; group < end; group += most)
+          run_chunk(n, group, min(most, end - group), kept, n == 0 && group == 0 && !kept, by_demod, loss);
         // The next one comes while the segment ends, the next begins or Adam runs.
         if (at.room > 0) {
           if (end < all)
-            copy_piece(n, end);
+            this->copy_piece(n, end);
           else
-            copy_piece((n + 1) % share.count, 0);
+            this->copy_piece((n + 1) % share.count, 0);
         }
       }
-      if (p.demodulate) finish_segment(n, by_demod);
+      if (p.demodulate && !kept) finish_segment(n, by_demod);
     }
 #pragma unroll
     for (int r = 0; r < kHeld; ++r) {
@@ -529,30 +457,25 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) char shared[];
   __shared__ Share share;
+  __shared__ Scales scales;
   __shared__ float gram_scale[T::kMostSegments];
   const cg::cluster_group cluster = cg::this_cluster();
   const int block = cluster.block_rank(), rank = padded_rank(p.rank);
-  if (threadIdx.x == 0) share_of(p, block, at.room, share);
-  __syncthreads();
   const InsertionArrays& edit = p.edits[blockIdx.y];
+  if (threadIdx.x == 0) {
+    share_of(p, block, at.room, share);
+    scales = reinterpret_cast<const Scales*>(edit.scratch)[block];
+  }
+  __syncthreads();
   using Work = Worker<Rows>;
-  Work worker = {p,
-                 edit,
-                 at,
-                 share,
-                 shared,
-                 static_cast<unsigned>(__cvta_generic_to_shared(shared)),
-                 edit.scratch + scratch_cross(at, p, blockIdx.x),
-                 gram_scale,
-                 static_cast<int>(blockIdx.x) / T::kBlocks * Work::kChannels,
-                 block,
-                 rank,
-                 static_cast<int>(threadIdx.x) / 32,
-                 static_cast<int>(threadIdx.x) % 32,
-                 edit.scratch[2 * block],
-                 edit.scratch[2 * block + 1]};
+  float* cross = edit.scratch + scratch_cross(at, p, blockIdx.x);
+  const Work worker = {{p, edit, at, share, scales, shared, static_cast<unsigned>(__cvta_generic_to_shared(shared)),
+                        cross, reinterpret_cast<typename Work::Tile*>(cross + cross_floats(at, p)), gram_scale,
+                        static_cast<int>(blockIdx.x) / T::kBlocks * Work::kChannels, block, rank,
+                        static_cast<int>(threadIdx.x) / 32, static_cast<int>(threadIdx.x) % 32}};
   worker.start_maps();
   worker.load_places();
+  worker.load_tiles();
   worker.load_demodulation(gram_scale);
   worker.load_state();
   if (at.room == 0) __pipeline_wait_prior(0);
@@ -580,8 +503,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 
 cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream) {
   const auto kernel = plan.channels_per_block == 32 ? cluster_kernel<2> : cluster_kernel<1>;
-  int segments = 0, piece = 0;
-  const ClusterLayout at = common_layout(p, plan.channels_per_block, plan.shared_bytes, &segments, &piece);
+  int piece = 0;
+  const ClusterLayout at = common_layout(p, plan.channels_per_block, plan.shared_bytes, &piece);
   const cudaError_t packed = launch_cluster_maps(p, at, edits, stream);
   if (packed != cudaSuccess) return packed;
   return launch_in_clusters(kernel, T::kBlocks, T::kThreads, p, plan, at, edits, stream);

@@ -34,31 +34,43 @@ struct Packer {
     return x;
   }
 
-  // scales: of the maps and of dloss / dz. to: the maps.
-  __device__ void run(int position_bytes, float* scales, char* to) const {
+  // The scale of dloss / dz in a segment whose heaviest pixel weighs this much, over the channels. Where the others
+  // that count weigh the same, dloss / dz is one of two numbers and their opposites, and all are whole on one scale.
+  __device__ void scale_by(int n, float heaviest, bool even, float whole_slope, Scales* scales) const {
+    const float whole = whole_slope / (heaviest * p.up);
+    scales->whole[n] = even && whole_slope > 0.f && whole < 0x1p100f;
+    scales->by[n] = scales->whole[n] ? whole : half_scale(heaviest * fmaxf(p.up, p.down));
+  }
+
+  // to: the maps.
+  __device__ void run(const ClusterLayout& at, Scales* scales, char* to) const {
     const int rank = padded_rank(p.rank);
-    float most = 0.f, heaviest = 0.f;
+    float most = 0.f;
     for (int n = 0; n < share.count; ++n) {
       const Segment& s = share.segments[n];
       const int positions = s.rows * map_width(p, s.target);
       for (int i = threadIdx.x; i < p.rank * positions; i += T::kThreads)
         most = fmaxf(most, fabsf(map_value(s, i / positions, i % positions)));
+      const float* weights = edit.weight + p.starts[s.target];
+      float heaviest = 0.f;
+      for (int u = s.begin + threadIdx.x; u < s.end; u += T::kThreads) heaviest = fmaxf(heaviest, weights[u]);
+      heaviest = largest(heaviest);
+      bool even = true;
       for (int u = s.begin + threadIdx.x; u < s.end; u += T::kThreads)
-        heaviest = fmaxf(heaviest, edit.weight[p.starts[s.target] + u]);
+        even = even && (weights[u] == heaviest || weights[u] == 0.f);
+      even = __syncthreads_and(even);
+      if (threadIdx.x == 0) scale_by(n, heaviest / p.channels, even, at.slope, scales);
     }
     const float map_scale = half_scale(largest(most));
-    const float by_scale = half_scale(largest(heaviest) / p.channels * fmaxf(p.up, p.down));
-    if (threadIdx.x == 0) {
-      scales[0] = map_scale;
-      scales[1] = by_scale;
-    }
+    if (threadIdx.x == 0) scales->map = map_scale;
     for (int n = 0; n < share.count; ++n) {
       const Segment& s = share.segments[n];
-      const int positions = s.rows * map_width(p, s.target);
+      const int width = map_width(p, s.target), positions = s.rows * width, row_bytes = map_row(p, s.target);
       for (int i = threadIdx.x; i < rank * positions; i += T::kThreads) {
         const int d = i / positions, position = i % positions;
         const Split value = split(d < p.rank ? map_value(s, d, position) * map_scale : 0.f);
-        __half* row = reinterpret_cast<__half*>(to + std::int64_t(s.map + position) * position_bytes);
+        __half* row = reinterpret_cast<__half*>(to + s.map + std::int64_t(position / width) * row_bytes +
+                                                position % width * at.position);
         row[d] = value.hi;
         row[rank + d] = value.lo;
       }
@@ -75,12 +87,14 @@ __global__ void __launch_bounds__(T::kThreads)
   if (threadIdx.x == 0) share_of(p, block, at.room, share);
   __syncthreads();
   const Packer packer = {p, edit, share, largest_of_warp};
-  packer.run(at.position, edit.scratch + 2 * block, reinterpret_cast<char*>(edit.scratch + scratch_map(at, block)));
+  packer.run(at, reinterpret_cast<Scales*>(edit.scratch) + block,
+             reinterpret_cast<char*>(edit.scratch + scratch_map(at, block)));
 }
 
 // The largest part of a block: what common_layout makes room for.
 struct Extent {
-  int segments = 0, positions = 0, pixels = 0;
+  int segments = 0, pixels = 0;
+  std::int64_t maps = 0;
   int piece = 1 << 30;  // of the block with the smallest
 };
 
@@ -91,7 +105,7 @@ bool measure(const InsertionProblem& p, int room, Extent* most) {
     share_of(p, block, room, share);
     if (share.count < 0) return false;
     most->segments = share.count > most->segments ? share.count : most->segments;
-    most->positions = share.positions > most->positions ? share.positions : most->positions;
+    most->maps = share.map_bytes > most->maps ? share.map_bytes : most->maps;
     most->pixels = share.pixels > most->pixels ? share.pixels : most->pixels;
     for (int n = 0; n < share.count; ++n) {
       const Segment& s = share.segments[n];
@@ -102,28 +116,28 @@ bool measure(const InsertionProblem& p, int room, Extent* most) {
 }
 
 std::int64_t room_in(const InsertionDevice& device) {
-  return device.shared_bytes -
-         static_cast<std::int64_t>(sizeof(Share) + sizeof(float) * T::kMostSegments + 128);  // declared in the kernel
+  return device.shared_bytes - static_cast<std::int64_t>(sizeof(Share) + sizeof(Scales) +
+                                                         sizeof(float) * T::kMostSegments + 128);  // declared there
 }
 
 }  // namespace
 
-ClusterLayout common_layout(const InsertionProblem& p, int channels, std::int64_t shared_bytes, int* segments,
-                            int* piece) {
+ClusterLayout common_layout(const InsertionProblem& p, int channels, std::int64_t shared_bytes, int* piece) {
   Extent most;
   if (!measure(p, 0, &most)) return {};
-  *segments = most.segments;
   *piece = most.piece;
-  ClusterLayout at = cluster_layout(p, channels, most.positions, most.segments, most.pixels);
+  ClusterLayout at = cluster_layout(p, channels, most.maps, most.segments, most.pixels);
   if (at.size > shared_bytes) {
     const std::int64_t left = shared_bytes - cluster_layout(p, channels, 0, most.segments, most.pixels).size;
-    const int room = left > 0 ? static_cast<int>(left / at.position) : 0;
+    const int room = left > 0 ? static_cast<int>(left / 16 * 16) : 0;
     if (room == 0 || !measure(p, room, &most)) return {};
     at = cluster_layout(p, channels, room, most.segments, most.pixels);
     at.room = room;
     *piece = most.piece;
   }
-  at.packed = most.positions;
+  at.packed = most.maps;
+  float other;
+  if (!whole_slopes(p, &at.slope, &other)) at.slope = 0.f;
   return at;
 }
 
@@ -133,15 +147,13 @@ InsertionPlan plan_cluster(const InsertionProblem& p, const InsertionDevice& dev
   InsertionPlan plan{};
   if (device.major < 9 || p.rank > T::kMostRank) return plan;
   for (const int channels : T::kChannels) {
-    int piece = 0, segments = 0;
-    const ClusterLayout at = common_layout(p, channels, room_in(device), &segments, &piece);
+    int piece = 0;
+    const ClusterLayout at = common_layout(p, channels, room_in(device), &piece);
     if (at.size == 0) continue;
     plan.blocks = plan.loss_rows = (p.channels + channels - 1) / channels * T::kBlocks;
     plan.channels_per_block = channels;
-    plan.segments = segments;
     plan.shared_bytes = static_cast<int>(at.size);
-    plan.scratch_floats = scratch_map(at, T::kBlocks);
-    if (p.demodulate) plan.scratch_floats += std::int64_t(plan.blocks) * segments * channels * at.keys;
+    plan.scratch_floats = scratch_cross(at, p, plan.blocks);
     if (piece >= T::kWarps) break;
   }
   return plan;

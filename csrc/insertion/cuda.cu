@@ -141,7 +141,6 @@ struct Group {
   static std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 
   void place(char* scratch) {
-    problem.segments = choice.plan.segments;
     for (int n = 0; n < edits; ++n) {
       problem.edits[n].scratch = reinterpret_cast<float*>(scratch + n * scratch_bytes());
       problem.edits[n].block_losses = reinterpret_cast<double*>(scratch + edits * scratch_bytes() + n * loss_bytes());

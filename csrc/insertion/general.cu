@@ -277,8 +277,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <int C>
 cudaError_t launch(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(general_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(general_kernel<C>));
   if (error != cudaSuccess) return error;
   general_kernel<C><<<dim3(plan.blocks, edits), kThreads, plan.shared_bytes, stream>>>(p, plan.resident);
   return cudaGetLastError();
@@ -294,7 +293,7 @@ InsertionPlan plan_general(const InsertionProblem& p, const InsertionDevice& dev
     for (const bool resident : {true, false}) {
       const std::int64_t bytes = 4 * layout_of(p.rank * p.taps, p.pixels, c, resident).size;
       if (bytes <= device.shared_bytes)
-        return {(p.channels + c - 1) / c, c, static_cast<int>(bytes), resident, (p.channels + c - 1) / c, 0, 0};
+        return {(p.channels + c - 1) / c, c, static_cast<int>(bytes), resident, (p.channels + c - 1) / c, 0};
     }
   return {};
 }

@@ -1,6 +1,7 @@
 // What the CUDA kernels of the insertion share. Included by .cu files only.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/device.h"
@@ -34,7 +35,6 @@ struct InsertionProblem {
   short heights[kMostTargets], widths[kMostTargets];
   // From here on it is no part of the shape.
   int count;                 // steps
-  int segments;              // that a block of a cluster has at most
   int first;                 // steps already taken
   const AdamStep* schedule;  // count
   InsertionArrays edits[kMostEdits];
@@ -51,7 +51,6 @@ struct InsertionPlan {
   int shared_bytes;
   bool resident;                // base and goal stay in shared memory
   int loss_rows;                // of an edit's block_losses
-  int segments;                 // see InsertionProblem
   std::int64_t scratch_floats;  // of an edit
 };
 
@@ -73,6 +72,21 @@ cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan,
 
 #if defined(__CUDACC__)
 namespace {
+
+// Finds whole numbers that halves hold and that are to one another as the activation's slopes, to float32's precision:
+// 5 and 1 for a slope of 0.2.
+inline bool whole_slopes(const InsertionProblem& p, float* positive, float* other) {
+  if (!(p.up > 0.f)) return false;
+  const double slope = double(p.down) / p.up;
+  for (int n = 1; n <= 2048; ++n) {
+    const double near = std::nearbyint(slope * n);
+    if (std::fabs(near) > 2048 || std::fabs(near - slope * n) > std::fabs(slope) * n * std::ldexp(1, -23)) continue;
+    *positive = static_cast<float>(n);
+    *other = static_cast<float>(near);
+    return true;
+  }
+  return false;
+}
 
 // What step.h needs of single numbers.
 struct ScalarOps {
@@ -105,8 +119,7 @@ template <class Layout>
 cudaError_t launch_in_clusters(void (*kernel)(InsertionProblem, Layout), int size, int threads,
                                const InsertionProblem& p, const InsertionPlan& plan, const Layout& at, int edits,
                                cudaStream_t stream) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel));
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute shape{};
   shape.id = cudaLaunchAttributeClusterDimension;

@@ -51,12 +51,20 @@ __device__ __forceinline__ void multiply_eight(float (&c)[4], unsigned a0, unsig
                : "r"(a0), "r"(a1), "r"(b));
 }
 
-// b: hi in b[0], b[1], lo in b[2], b[3]. The small products first.
-__device__ __forceinline__ void multiply_split(float (&c)[4], const unsigned (&hi)[4], const unsigned (&lo)[4],
-                                               const unsigned (&b)[4]) {
-  multiply(c, lo, b[0], b[1]);
-  multiply(c, hi, b[2], b[3]);
-  multiply(c, hi, b[0], b[1]);
+// acc += a b for Rows tiles of rows and Tiles of columns. b: hi in b[0], b[1], lo in b[2], b[3]. Whole: a has no lo.
+// The small products first, and one kind after the other, so that a sum is not asked for right after it was begun.
+template <bool Whole, int Tiles, int Rows>
+__device__ __forceinline__ void multiply_tiles(float (*acc)[Rows][4], const unsigned (&hi)[Rows][4],
+                                               const unsigned (&lo)[Rows][4], const unsigned (&b)[Tiles][4]) {
+#pragma unroll
+  for (int product = Whole ? 1 : 0; product < 3; ++product)
+#pragma unroll
+    for (int tile = 0; tile < Tiles; ++tile)
+#pragma unroll
+      for (int m = 0; m < Rows; ++m) {
+        const int half = product == 1 ? 2 : 0;
+        multiply(acc[tile][m], product == 0 ? lo[m] : hi[m], b[tile][half], b[tile][half + 1]);
+      }
 }
 
 // The power of two that brings numbers up to `largest` below 2^14: halves then hold them to 22 bits.

@@ -399,8 +399,7 @@ __global__ void __launch_bounds__(Traits<R, C, Y>::kThreads, 1)
 
 template <int R, int C, int Y>
 cudaError_t launch(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(resident_kernel<R, C, Y>, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(resident_kernel<R, C, Y>));
   if (error != cudaSuccess) return error;
   const int channels = plan.channels_per_block;
   const Layout at =
@@ -416,7 +415,7 @@ InsertionPlan plan(const InsertionProblem& p, const InsertionDevice& device, int
       layout_of(R, p.heights[0], p.widths[0], Y, channels, Traits<R, C, Y>::kWarps * Traits<R, C, Y>::kSums);
   if (4 * at.size > device.shared_bytes) return {};
   const int blocks = (p.channels + channels - 1) / channels;
-  return {blocks, channels, 4 * at.size, true, blocks * channels, 0, 0};
+  return {blocks, channels, 4 * at.size, true, blocks * channels, 0};
 }
 
 // One direction leaves the registers for two channels a thread, which share the loads of keys, noise and weights, and

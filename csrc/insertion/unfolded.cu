@@ -5,10 +5,8 @@
 // for all 16 channels: one barrier of the cluster a step. Clusters never wait for one another.
 //
 // dloss / dz needs no rounding: its sign times the activation's slope is one of two whole numbers, after a scale
-// (exact_slopes), and its weight is part of the keys it is multiplied with.
+// (whole_slopes), and its weight is part of the keys it is multiplied with.
 #include <cooperative_groups.h>
-
-#include <cmath>
 
 #include "insertion/kernels.h"
 #include "insertion/mma.h"
@@ -98,20 +96,10 @@ __host__ __device__ inline Layout layout_of(int pixels) {
   return at;
 }
 
-// Finds whole numbers that halves hold and that are to one another as the activation's slopes, to float32's precision:
-// 5 and 1 for a slope of 0.2.
-bool exact_slopes(const InsertionProblem& p, Layout* at) {
-  if (!(p.up > 0.f)) return false;
-  const double slope = double(p.down) / p.up;
-  for (int n = 1; n <= 2048; ++n) {
-    const double other = std::nearbyint(slope * n);
-    if (std::fabs(other) > 2048 || std::fabs(other - slope * n) > std::fabs(slope) * n * std::ldexp(1, -23)) continue;
-    at->positive = static_cast<float>(n);
-    at->other = static_cast<float>(other);
-    at->unit = p.up / n;
-    return true;
-  }
-  return false;
+bool whole_slopes(const InsertionProblem& p, Layout* at) {
+  if (!whole_slopes(p, &at->positive, &at->other)) return false;
+  at->unit = p.up / at->positive;
+  return true;
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -525,16 +513,16 @@ InsertionPlan plan_unfolded(const InsertionProblem& p, const InsertionDevice& de
   if (device.major < 9 || p.targets != 1 || p.rank != 1 || p.taps > T::kMostTaps) return {};
   if (p.pixels < T::kFewestPixels || p.pixels > T::kMostPixels) return {};
   Layout at = layout_of(p.pixels);
-  if (at.size > device.shared_bytes || !exact_slopes(p, &at)) return {};
+  if (at.size > device.shared_bytes || !whole_slopes(p, &at)) return {};
   // With fewer channels, smaller shares of them for each block leave less to do a step.
   if ((p.channels + 1) / 2 <= device.multiprocessors) return {};
   const int clusters = (p.channels + T::kChannels - 1) / T::kChannels;
-  return {clusters * T::kBlocks, T::kChannels, at.size, true, clusters * T::kChannels, 0, 0};
+  return {clusters * T::kBlocks, T::kChannels, at.size, true, clusters * T::kChannels, 0};
 }
 
 cudaError_t launch_unfolded(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream) {
   Layout at = layout_of(p.pixels);
-  exact_slopes(p, &at);
+  whole_slopes(p, &at);
   return launch_in_clusters(unfolded_kernel, T::kBlocks, T::kThreads, p, plan, at, edits, stream);
 }
 

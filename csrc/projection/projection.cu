@@ -99,7 +99,7 @@ Status project_cuda(const ProjectionItem* items, int count, const AdamSettings& 
           if (contiguous_rows && p.in / 4 > threads) threads = (p.in / 4 + 31) / 32 * 32;
         }
         if (shared_floats > strided::kPlainSharedFloats) {
-          error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_floats * 4);
+          error = allow_shared_memory(reinterpret_cast<const void*>(kernel));
           if (error != cudaSuccess) return cuda_status(error, "asking for more shared memory", device);
         }
         kernel<<<launch.first_block[launch.count], threads, shared_floats * 4, stream>>>(launch);

@@ -12,7 +12,11 @@ struct Choice {
   Plan plan{};
   sm90::ClusterPlan clusters{};
 
-  std::int64_t blocks() const { return kernel->costs != nullptr ? clusters.blocks() : plan.blocks(); }
+  // Pairs of the workspace.
+  std::int64_t sums() const {
+    return kernel->costs != nullptr ? clusters.blocks() * std::int64_t{sm90::kElements}
+                                    : plan.blocks() * std::int64_t{kernel->tile} * kernel->tile;
+  }
 };
 
 struct Gpu {
@@ -96,9 +100,7 @@ Status second_moment_workspace(const SecondMomentParams& params, Precision preci
   if (!status.ok()) return status;
   return for_parts(params, [&](const SecondMomentParams& p) -> Status {
     const Choice choice = choose(p, precision, family, gpu);
-    const std::size_t tile = choice.kernel->tile;
-    const std::size_t needed =
-        choice.blocks() * tile * tile * sizeof(Pair) + (choice.kernel->scaled ? p.d * sizeof(std::uint32_t) : 0);
+    const std::size_t needed = choice.sums() * sizeof(Pair) + (choice.kernel->scaled ? p.d * sizeof(std::uint32_t) : 0);
     if (needed > *bytes) *bytes = needed;
     return {};
   });
@@ -115,7 +117,6 @@ Status second_moment_cuda(const SecondMomentParams& params, Precision precision,
   if (!status.ok()) return status;
   status = for_parts(params, [&](const SecondMomentParams& p) -> Status {
     const Choice choice = choose(p, precision, family, gpu);
-    const std::int64_t tile = choice.kernel->tile;
     Pair* const pairs = static_cast<Pair*>(workspace);
     const MomentLaunch launch{
         make_source(p),
@@ -126,7 +127,7 @@ Status second_moment_cuda(const SecondMomentParams& params, Precision precision,
         pairs,
         moment,
         stream,
-        choice.kernel->scaled ? reinterpret_cast<std::uint32_t*>(pairs + choice.blocks() * tile * tile) : nullptr};
+        choice.kernel->scaled ? reinterpret_cast<std::uint32_t*>(pairs + choice.sums()) : nullptr};
     cudaError_t error = choice.kernel->partial(launch);
     if (error == cudaSuccess) error = choice.kernel->reduce(launch);
     return cuda_status(error, "second moment", device);

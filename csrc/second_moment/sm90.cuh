@@ -1,7 +1,7 @@
 // The second moment on compute capability 9.0: matrix products of four warps at a time (wgmma) out of a ring of stages
-// in shared memory, which boxes fill that the hardware copies, to several blocks at once where they share them: four
-// blocks, a cluster, compute a square of 256 x 256 of the moment from its chunks of rows, others a tile of 128 x 128
-// alone (sm90_layout.h).
+// in shared memory, which boxes fill that the hardware copies, to two blocks at once where they share them: two blocks,
+// a cluster, compute a square of 256 x 256 of the moment from its chunks of rows, others a tile of 128 x 128 alone
+// (sm90_layout.h).
 //
 // As on 8.0 the tensor cores' sums (`chain`) are added to other registers (`total`) after few rows, by ordinary
 // additions, and those to pairs of floats in the workspace after some thousands.
@@ -11,22 +11,26 @@
 
 namespace pyrewrite::sm90 {
 
-// 16-bit input: the sums of a group of four warps.
-template <typename Mma, bool kByRow, int kColumns>
-__device__ __forceinline__ void compute(Ring<Boxes::kStages> ring, const GroupWork& work, int count,
-                                        const Release& release, Pair* partial) {
-  constexpr int kStep = kByRow ? 16 * kLine : 32, kSteps = Boxes::kSliceRows / 16;
-  static_assert(kChunkRows / Boxes::kSliceRows % Boxes::kChainSlices == 0, "chains end with chunks");
-  float chain[kColumns / 2];
-  Total<kColumns / 2, kTotalRows / (Boxes::kChainSlices * Boxes::kSliceRows)> total(partial);
-  for (int slice = 0; slice < count; slice += Boxes::kChainSlices) {
+// 16-bit input: the sums of a group of four warps. All rows of a chain lie in shared memory together, so its columns
+// are taken two units at a time: registers for the chain of 128 columns do for 256.
+template <typename Mma, bool kByRow>
+__device__ __forceinline__ void compute(BoxRing<Boxes> ring, const GroupWork& work, int count, const Release& release,
+                                        Pair* partial) {
+  constexpr int kStep = kByRow ? 16 * kLine : 32, kSteps = Boxes::kSliceRows / 16, kSlices = Boxes::kChainSlices;
+  static_assert(kChunkRows / Boxes::kSliceRows % kSlices == 0, "chains end with chunks");
+  Total<kTotalRows / (kSlices * Boxes::kSliceRows)> total(partial);
+  BoxRing<Boxes> begin = ring;
+  const auto take = [&](auto first, auto units) {
+    constexpr int kFirst = decltype(first)::value, kUnits = decltype(units)::value;
+    const bool last = kFirst + kUnits >= work.units;
+    float chain[kUnits * kUnit / 2];
+    ring = begin;
     int before = 0;
 #pragma unroll
-    for (int i = 0; i < Boxes::kChainSlices; ++i) {
-      ring.wait_full();
-      const std::uint32_t stage = ring.stages + ring.stage * kStageBytes;
-      const std::uint64_t a = operand<kLine>(stage + work.a * kUnitBytes, kUnitBytes);
-      const std::uint64_t b = operand<kLine>(stage + work.b * kUnitBytes, kUnitBytes);
+    for (int i = 0; i < kSlices; ++i) {
+      if (kFirst == 0) ring.wait_full();
+      const std::uint64_t a = operand<kLine>(ring.here() + work.a * kUnitBytes, kUnitBytes);
+      const std::uint64_t b = operand<kLine>(ring.here() + (work.b + kFirst) * kUnitBytes, kUnitBytes);
       products_begin();
 #pragma unroll
       for (int step = 0; step < kSteps; ++step)
@@ -34,21 +38,31 @@ __device__ __forceinline__ void compute(Ring<Boxes::kStages> ring, const GroupWo
       products_end_group();
       if (i > 0) {
         products_wait<1>();
-        release(before);
+        if (last) release(before);
       }
       before = ring.stage;
       ring.next();
     }
     products_wait<0>();
     settle(chain);
-    release(before);
-    total.add(chain, slice + Boxes::kChainSlices >= count);
+    if (last) release(before);
+    total.template add<kFirst * kUnit / 2>(chain);
+  };
+  for (int slice = 0; slice < count; slice += kSlices, begin = ring) {
+    if (work.units > 1)
+      take(Number<0>{}, Number<2>{});
+    else
+      take(Number<0>{}, Number<1>{});
+    if (work.units > 3)
+      take(Number<2>{}, Number<2>{});
+    else if (work.units > 2)
+      take(Number<2>{}, Number<1>{});
+    total.end_chain(work.units, slice + kSlices >= count);
   }
 }
 
 // A group without work still lets the stages go.
-template <int kStages>
-__device__ __forceinline__ void watch(Ring<kStages> ring, int count, const Release& release) {
+__device__ __forceinline__ void watch(BoxRing<Boxes> ring, int count, const Release& release) {
   for (int slice = 0; slice < count; ++slice, ring.next()) {
     ring.wait_full();
     release(ring.stage);
@@ -60,10 +74,10 @@ template <typename Input, typename Mma, bool kByRow>
 __global__ void __launch_bounds__(Input::kThreads, 1)
     sm90_moment(const __grid_constant__ CUtensorMap map, const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr int kStages = Input::kStages, kSlicesOfChunk = kChunkRows / Input::kSliceRows;
+  constexpr int kSlicesOfChunk = kChunkRows / Input::kSliceRows;
   constexpr int kConverters = kGroupThreads / 32, kMultipliers = kGroups * kGroupThreads / 32;  // warps
   extern __shared__ unsigned char dynamic[];
-  __shared__ alignas(8) std::uint64_t barriers[2 * kStages];
+  __shared__ alignas(8) std::uint64_t barriers[2 * BoxRing<Input>::kMostStages];
   const int rank = args.plan.cluster == 1 ? 0 : block_of_cluster();
   const BlockWork work = args.plan.work(blockIdx.x);
   const Place place = args.plan.place(work.tile, args.source.d);
@@ -71,48 +85,35 @@ __global__ void __launch_bounds__(Input::kThreads, 1)
   const bool together = is_shared(place.shape);
   const int senders = together ? senders_of(place.shape, place.block) : 1 << rank;
   const int receivers = together ? __popc(receivers_of(place.shape, place.block)) : 1;
-  Ring<kStages> ring{};
-  ring.stages = (shared_address(dynamic) + 1023) & ~1023u;
-  ring.full = shared_address(barriers);
-  ring.empty = ring.full + 8 * kStages;
-  if (threadIdx.x == 0)
-    for (int stage = 0; stage < kStages; ++stage) {
-      barrier_init(ring.full + 8 * stage, 1);  // one thread, and the bytes that are copied
-      barrier_init(ring.empty + 8 * stage, receivers * Input::kReaders);
-    }
+  const BoxRing<Input> ring((shared_address(dynamic) + 1023) & ~1023u, barriers, slots_in(place.shape) * kUnitBytes,
+                            Input::kRingBytes);
+  if (threadIdx.x == 0) ring.begin(1, receivers * Input::kReaders);  // one thread, and the bytes that are copied
   const int group = threadIdx.x / kGroupThreads;
   const GroupWork mine = group < kGroups ? place.work(group) : GroupWork{};
-  const Release release(ring.empty, senders);
-  Pair* const partial = args.workspace + static_cast<std::int64_t>(blockIdx.x) * kTile * kTile + first_position(group) +
+  const Release release(ring.empty(0), senders);
+  Pair* const partial = args.workspace + static_cast<std::int64_t>(blockIdx.x) * kElements + first_position(group) +
                         threadIdx.x % kGroupThreads;
   if constexpr (Input::kFromFloat32) {
-    __shared__ alignas(8) std::uint64_t half_barriers[2 * Input::kHalfStages];
-    Ring<Input::kHalfStages> halves{};
-    halves.stages = ring.stages + kStages * kStageBytes;
-    halves.full = shared_address(half_barriers);
-    halves.empty = halves.full + 8 * Input::kHalfStages;
-    if (threadIdx.x == 0)
-      for (int stage = 0; stage < Input::kHalfStages; ++stage) {
-        barrier_init(halves.full + 8 * stage, kConverters);
-        barrier_init(halves.empty + 8 * stage, kMultipliers);
-      }
-    if (threadIdx.x == 0) barrier_init_done();
+    __shared__ alignas(8) std::uint64_t half_barriers[2 * HalfRing<Input>::kMostStages];
+    const Columns columns = columns_of(place.shape, place.block);
+    const HalfRing<Input> halves(ring.stages + Input::kRingBytes, half_barriers,
+                                 columns.count * Input::kNumbers * Input::kHalfUnit, Input::kHalfRingBytes);
+    if (threadIdx.x == 0) {
+      halves.begin(kConverters, kMultipliers);
+      barrier_init_done();
+    }
     cluster_sync();  // every block's barriers are there
     if (count > 0) {
       if (group < kGroups) {
         more_registers<Input::kRegisters>();
-        const int first = columns_of(place.shape, place.block).first;
-        const Lines<kByRow> lines(args.peaks, place.channel(mine.a), place.d);
-        if (mine.columns == 128) {
-          compute_halves<Input, kByRow, 128>(ring, halves, mine, first, count, release, lines, partial);
-        } else if (mine.columns == 64) {
-          compute_halves<Input, kByRow, 64>(ring, halves, mine, first, count, release, lines, partial);
-        } else {
-          watch_halves(ring, halves, count, release);
-        }
+        if (mine.units > 0)
+          compute_halves<Input, kByRow>(ring, halves, mine, columns, count, release,
+                                        Lines<kByRow>(args.peaks, place.channel(mine.a), place.d), partial);
+        else
+          watch_halves<Input>(ring, halves, count, release);
       } else if (group == kGroups) {
         fewer_registers<Input::kConvertRegisters>();
-        convert<Input, kByRow>(ring, halves, place, count, release, args.peaks);
+        convert<Input, kByRow>(ring, halves, place, columns, count, release, args.peaks);
       } else {
         fewer_registers<Input::kCopyRegisters>();
         if (threadIdx.x == (kGroups + 1) * kGroupThreads)
@@ -123,14 +124,14 @@ __global__ void __launch_bounds__(Input::kThreads, 1)
     if (threadIdx.x == 0) barrier_init_done();
     cluster_sync();
     if (group < kGroups) {
-      if (mine.columns == 128)
-        compute<Mma, kByRow, 128>(ring, mine, count, release, partial);
-      else if (mine.columns == 64)
-        compute<Mma, kByRow, 64>(ring, mine, count, release, partial);
+      more_registers<Input::kRegisters>();
+      if (mine.units > 0)
+        compute<Mma, kByRow>(ring, mine, count, release, partial);
       else
         watch(ring, count, release);
-    } else if (threadIdx.x % 32 == 0) {
-      copy_boxes<Input, kByRow>(ring, &map, args, place, work, count);
+    } else {
+      fewer_registers<Input::kCopyRegisters>();
+      if (threadIdx.x == kGroups * kGroupThreads) copy_boxes<Input, kByRow>(ring, &map, args, place, work, count);
     }
   }
   __syncwarp();
@@ -203,7 +204,7 @@ cudaError_t launch_partials(const MomentLaunch& launch) {
 // The reduction's view of the plan and of a block's sums (see reduce.cuh).
 template <bool kPaired>
 struct PlacedSums {
-  static constexpr int kElements = kTile * kTile;
+  static constexpr int kElements = sm90::kElements;
   static const ClusterPlan& plan(const MomentLaunch& launch) { return launch.clusters; }
   static __device__ __forceinline__ TileElement element(const ClusterPlan& plan, int tile, int position, int d) {
     return plan.place(tile, d).element(position, kPaired);

@@ -9,27 +9,30 @@ namespace pyrewrite::sm90 {
 // lies in shared memory as its source does, in lines of 128 bytes whose granules of 16 bytes are turned (xor) in groups
 // of eight lines, the one pattern that copies and matrix instructions share.
 constexpr int kUnit = 64, kLine = 128, kUnitBytes = 8192, kTile = 128;
-constexpr int kSlots = 4;  // units of a stage
-constexpr int kGroups = 2, kGroupThreads = 128, kSums = 64;
+constexpr int kSlots = 6;  // units of a stage, at most
+constexpr int kColumnUnits = 4;
+constexpr int kGroups = 2, kGroupThreads = 128, kSums = kColumnUnits * kUnit / 2;
+constexpr int kElements = kGroups * kSums * kGroupThreads;  // of a block's part of the workspace
 
 PYREWRITE_BOTH constexpr int slice_rows(DType dtype) { return dtype == DType::float32 ? 32 : 64; }
 
 PYREWRITE_BOTH int turned(int line, int byte) { return line * kLine + (byte ^ (line % 8 * 16)); }
 
-// What is computed together. Four blocks that share what they read: a square of 256 x 256 beside the diagonal (a block
-// 128 x 128), or one on it (the 10 of 16 squares of 64 x 64 that are needed: 3, 3, 2 and 2). One block: a tile of
-// 128 x 128 beside the diagonal, or one on it (3 squares of 64 x 64).
+// What is computed together. Two blocks that share what they read: a square of 256 x 256 beside the diagonal (a block
+// 128 x 256), or one on it (the 10 of 16 squares of 64 x 64 that are needed, 5 a block). One block: a tile of 128 x 128
+// beside the diagonal, or one on it (3 squares of 64 x 64).
 enum class Shape : int { square, diagonal, beside, on };
 constexpr int kShapes = 4;
 
 PYREWRITE_BOTH bool is_shared(Shape shape) { return shape == Shape::square || shape == Shape::diagonal; }
-PYREWRITE_BOTH int blocks_of(Shape shape) { return is_shared(shape) ? 4 : 1; }
+PYREWRITE_BOTH int blocks_of(Shape shape) { return is_shared(shape) ? 2 : 1; }
+// The slots of a stage.
+PYREWRITE_BOTH int slots_in(Shape shape) { return shape == Shape::square ? 6 : shape == Shape::on ? 2 : 4; }
 
 // The slots, a bit each, that a block needs.
 PYREWRITE_BOTH int slots_of(Shape shape, int block) {
-  if (shape == Shape::square || shape == Shape::beside) return 15;
-  if (shape == Shape::on || block == 0) return 3;
-  return block == 1 ? 12 : block == 2 ? 7 : 11;
+  const int all = (1 << slots_in(shape)) - 1;
+  return shape == Shape::diagonal && block == 1 ? all - 1 : all;
 }
 
 // Copies are shared out: a block makes up to four, each into the same slot of all blocks that need it.
@@ -38,22 +41,13 @@ struct Share {
 };
 PYREWRITE_BOTH Share share_of(Shape shape, int block, int number) {
   if (!is_shared(shape)) return {number, slots_of(shape, 0) >> number & 1};
-  if (shape == Shape::square) {
-    const int row = block / 2, column = block % 2;
-    if (number > 1) return {0, 0};
-    return number == 0 ? Share{column, 3 << (2 * row)} : Share{2 + row, 5 << column};
+  if (shape == Shape::square) {  // its rows, and half of the columns
+    if (number > 3) return {0, 0};
+    return number < 2 ? Share{number, 1 << block} : Share{number + 2 * block, 3};
   }
-  if (number > 0) return {0, 0};
-  switch (block) {
-    case 0:
-      return {0, 1 | 4 | 8};
-    case 1:
-      return {3, 2 | 8};
-    case 2:
-      return {2, 2 | 4};
-    default:
-      return {1, 1 | 4 | 8};
-  }
+  if (number > 1) return {0, 0};
+  if (block == 0) return number == 0 ? Share{0, 1} : Share{3, 3};
+  return {1 + number, 3};
 }
 // The blocks that get something from this one, and those that it gets something from; itself among both.
 PYREWRITE_BOTH int receivers_of(Shape shape, int block) {
@@ -74,20 +68,20 @@ struct Columns {
   int first, count;
 };
 PYREWRITE_BOTH Columns columns_of(Shape shape, int block) {
-  if (shape == Shape::square || shape == Shape::beside) return {2, 2};
-  if (shape == Shape::on || block == 0) return {0, 2};
-  return block == 1 ? Columns{2, 2} : Columns{block, 1};
+  if (shape == Shape::diagonal) return {block, 4 - block};
+  if (shape == Shape::on) return {0, 2};
+  return {2, shape == Shape::square ? 4 : 2};
 }
 
-// The work of a group of four warps: the unit of 64 rows in slot `a` with `columns` columns from slot `b` on.
+// The work of a group of four warps: the unit of 64 rows in slot `a` with `units` units of columns from slot `b` on.
 struct GroupWork {
-  int a, b, columns;  // 128, 64 or 0
+  int a, b, units;  // 0 to 4
 };
 PYREWRITE_BOTH GroupWork whole_work(Shape shape, int block, int group) {
-  const Columns columns = columns_of(shape, block);
-  if (shape == Shape::square || shape == Shape::beside) return {group, columns.first, 128};
-  if (columns.count == 1) return {group, columns.first, 64};
-  return {columns.first + group, columns.first + group, 128 - 64 * group};
+  if (shape == Shape::square || shape == Shape::beside) return {group, 2, columns_of(shape, block).count};
+  if (shape == Shape::on) return {group, group, 2 - group};
+  const int a = block == 1 ? 1 + group : 3 * group;
+  return {a, a, 4 - a};
 }
 
 // A block's part of the moment: where its shape stands (the first channels), and which block of the shape it is.
@@ -96,17 +90,16 @@ struct Place {
   int block, row, column, d;
 
   PYREWRITE_BOTH int channel(int slot) const {
-    if (shape == Shape::square) {
-      return slot < 2 ? row + kUnit * (block / 2 * 2 + slot) : column + kUnit * (block % 2 * 2 + slot - 2);
-    }
-    return shape == Shape::beside && slot > 1 ? column + kUnit * (slot - 2) : row + kUnit * slot;
+    if (shape == Shape::square && slot < 2) return row + kUnit * (2 * block + slot);
+    const bool of_columns = slot > 1 && (shape == Shape::square || shape == Shape::beside);
+    return of_columns ? column + kUnit * (slot - 2) : row + kUnit * slot;
   }
   PYREWRITE_BOTH bool there(int slot) const { return channel(slot) < d; }
   // Nothing is computed that lies beyond d.
   PYREWRITE_BOTH GroupWork work(int group) const {
     GroupWork work = whole_work(shape, block, group);
-    if (work.columns == 128 && !there(work.b + 1)) work.columns = 64;
-    if (!there(work.a) || !there(work.b)) work.columns = 0;
+    if (!there(work.a)) work.units = 0;
+    while (work.units > 0 && !there(work.b + work.units - 1)) --work.units;
     return work;
   }
   // Units that come into the block with every slice.
@@ -125,7 +118,7 @@ struct Place {
     const int lower = sum / 2 % 2, line = thread % 32 / 4;
     const int i = thread / 32 * 16 + (paired ? 2 * line + lower : line + 8 * lower);
     const int j = sum / 4 * 8 + thread % 4 * 2 + sum % 2;
-    if (j >= work.columns) return {1, 0};
+    if (j >= work.units * kUnit) return {1, 0};
     return {channel(work.a) + i, channel(work.b + j / kUnit) + j % kUnit};
   }
 };
@@ -220,9 +213,9 @@ inline ClusterPlan make_cluster_plan(int d, std::int64_t rows, int multiprocesso
   plan.count[1] = diagonal ? squares : 0;
   plan.count[2] = (diagonal ? 0 : squares) + odd * 2 * squares;
   plan.count[3] = diagonal ? odd : plan.side;
-  plan.cluster = plan.count[0] + plan.count[1] > 0 ? 4 : 1;
-  // Clusters do not cross the parts that a GPU is built of, so some multiprocessors may stay without one: 4 of 132.
-  int places = plan.cluster == 1 ? multiprocessors : (multiprocessors - multiprocessors / 32) / 4 * 4;
+  plan.cluster = plan.count[0] + plan.count[1] > 0 ? 2 : 1;
+  // Multiprocessors come in pairs, as blocks do.
+  int places = multiprocessors / plan.cluster * plan.cluster;
   if (places < plan.cluster) places = plan.cluster;
 
   const int cost[kShapes] = {costs.square, costs.diagonal, costs.beside, costs.on};

@@ -8,29 +8,28 @@
 namespace pyrewrite::sm90 {
 
 constexpr int kTotalRows = 8192;
-constexpr int kStageBytes = kSlots * kUnitBytes;
 
 struct Boxes {  // 16-bit input, multiplied as it comes
   static constexpr bool kFromFloat32 = false;
-  static constexpr int kStages = 6, kSliceRows = 64, kChainSlices = 2;
-  static constexpr int kThreads = kGroups * kGroupThreads + 32;
-  static constexpr int kReaders = kGroups * kGroupThreads / 32;  // warps that read a stage
-  static constexpr int kBytes = kStages * kStageBytes + 1024;    // stages begin at multiples of 1024
-  static constexpr Costs kCosts{160, 112, 160, 112};
+  static constexpr int kSliceRows = 64, kChainSlices = 2;
+  static constexpr int kThreads = kGroups * kGroupThreads + 128;
+  static constexpr int kRegisters = 232, kCopyRegisters = 40;                // of a thread that multiplies, or copies
+  static constexpr int kReaders = kGroups * kGroupThreads / 32;              // warps that read a stage
+  static constexpr int kRingBytes = 192 * 1024, kBytes = kRingBytes + 1024;  // stages begin at multiples of 1024
+  static constexpr Costs kCosts{288, 192, 160, 112};
 };
 // float32 input as one half number (tf32: as many bits as the tensor cores keep of a float32) or as two. Their products
 // are made of three, the smallest of which is left out (2^-22).
 template <int kNumbers_>
 struct Halves {
   static constexpr bool kFromFloat32 = true;
-  static constexpr int kNumbers = kNumbers_, kSliceRows = 32, kChainSlices = kNumbers == 1 ? 4 : 1;
-  static constexpr int kStages = kNumbers == 1 ? 6 : 5, kHalfStages = 4;
+  static constexpr int kNumbers = kNumbers_, kSliceRows = 32, kChainSlices = kNumbers == 1 ? 2 : 1;
   static constexpr int kThreads = kGroups * kGroupThreads + 256;  // a group that converts, and one to copy
   static constexpr int kReaders = (kGroups + 1) * kGroupThreads / 32;
-  static constexpr int kRegisters = 192, kConvertRegisters = 88, kCopyRegisters = 40;  // of a thread
-  static constexpr int kHalfUnit = kUnitBytes / 2, kPlaneBytes = 2 * kHalfUnit;        // of the columns
-  static constexpr int kBytes = kStages * kStageBytes + kHalfStages * kNumbers * kPlaneBytes + 1024;
-  static constexpr Costs kCosts = kNumbers == 1 ? Costs{352, 272, 352, 272} : Costs{512, 0, 512, 400};
+  static constexpr int kRegisters = 216, kConvertRegisters = 56, kCopyRegisters = 24;  // of a thread
+  static constexpr int kHalfUnit = kUnitBytes / 2;                                     // of the columns
+  static constexpr int kRingBytes = 160 * 1024, kHalfRingBytes = 64 * 1024, kBytes = kRingBytes + kHalfRingBytes + 1024;
+  static constexpr Costs kCosts = kNumbers == 1 ? Costs{576, 464, 352, 272} : Costs{896, 0, 512, 400};
   static_assert(kGroupThreads * (kGroups * kRegisters + kConvertRegisters + kCopyRegisters) <= 65536, "registers");
 };
 static_assert(Boxes::kBytes <= 226 * 1024 && Halves<1>::kBytes <= 226 * 1024 && Halves<2>::kBytes <= 226 * 1024,
@@ -44,20 +43,40 @@ struct Arguments {
   const std::uint32_t* peaks;  // float32 input: of every channel, the bits of a float
 };
 
-// Stages of shared memory and their barriers: `full` counts what comes in, `empty` the warps that are done with it.
-template <int kStages>
+// Stages of shared memory and their barriers: `full` counts what comes in, `empty` the warps that are done with it. As
+// many stages as there is room for, at most kMost.
+template <int kMost>
 struct Ring {
-  std::uint32_t stages, full, empty;
+  static constexpr int kMostStages = kMost;
+  std::uint32_t stages, full;
+  int bytes, count;  // of a stage; of stages
   int stage = 0, phase = 0;
 
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
+  __device__ __forceinline__ Ring(std::uint32_t at, std::uint64_t (&barriers)[2 * kMost], int stage_bytes, int room)
+      : stages(at), full(shared_address(barriers)), bytes(stage_bytes), count(min(room / stage_bytes, kMost)) {}
+  __device__ __forceinline__ void begin(int fillers, int readers) const {
+    for (int i = 0; i < count; ++i) {
+      barrier_init(full + 8 * i, fillers);
+      barrier_init(empty(i), readers);
+    }
   }
+  __device__ __forceinline__ void next() {
+    if (++stage == count) stage = 0, phase ^= 1;
+  }
+  __device__ __forceinline__ std::uint32_t here() const { return stages + stage * bytes; }
   __device__ __forceinline__ std::uint32_t full_barrier() const { return full + 8 * stage; }
-  __device__ __forceinline__ std::uint32_t empty_barrier() const { return empty + 8 * stage; }
+  __device__ __forceinline__ std::uint32_t empty_barrier() const { return empty(stage); }
+  __device__ __forceinline__ std::uint32_t empty(int of) const { return full + 8 * (kMost + of); }
   __device__ __forceinline__ void wait_full() const { barrier_wait(full_barrier(), phase); }
   __device__ __forceinline__ void wait_empty() const { barrier_wait(empty_barrier(), phase ^ 1); }
 };
+template <int kValue>
+using Number = std::integral_constant<int, kValue>;
+
+template <typename Input>
+using BoxRing = Ring<Input::kRingBytes / (2 * kUnitBytes)>;
+template <typename Input>
+using HalfRing = Ring<Input::kHalfRingBytes / (2 * Input::kNumbers * Input::kHalfUnit)>;
 
 // Lets a warp's stages go: tells the blocks that copy into them.
 struct Release {
@@ -65,7 +84,7 @@ struct Release {
 
   __device__ __forceinline__ Release(std::uint32_t empty, int senders) {
     const int lane = threadIdx.x % 32;
-    sender = lane < 4 && (senders >> lane & 1) ? in_block(empty, lane) : 0;
+    sender = lane < 2 && (senders >> lane & 1) ? in_block(empty, lane) : 0;
   }
   __device__ __forceinline__ void operator()(int stage) const {
     if (sender != 0) barrier_arrive(sender + 8 * stage);
@@ -73,22 +92,27 @@ struct Release {
 };
 
 // A thread's sums over up to kTotalRows, and their place in the workspace.
-template <int kOwn, int kChains>
+template <int kChains>
 struct Total {
   Pair* partial;
-  float sums[kOwn] = {};
+  float sums[kSums] = {};
   int chains = 0;
   bool written = false;
 
   __device__ __forceinline__ explicit Total(Pair* to) : partial(to) {}
 
-  __device__ __forceinline__ void add(const float (&chain)[kOwn], bool last) {
+  template <int kFirst, int kCount>
+  __device__ __forceinline__ void add(const float (&chain)[kCount]) {
 #pragma unroll
-    for (int e = 0; e < kOwn; ++e) sums[e] = __fadd_rn(sums[e], chain[e]);
+    for (int e = 0; e < kCount; ++e) sums[kFirst + e] = __fadd_rn(sums[kFirst + e], chain[e]);
+  }
+  // All sums of `units` units of columns have taken a chain.
+  __device__ __forceinline__ void end_chain(int units, bool last) {
     if (++chains < kChains && !last) return;
     chains = 0;
 #pragma unroll
-    for (int e = 0; e < kOwn; ++e) {
+    for (int e = 0; e < kSums; ++e) {
+      if (e >= units * (kUnit / 2)) continue;
       Pair sum{sums[e], 0.f};
       if (written) {
         sum = partial[e * kGroupThreads];
@@ -104,7 +128,7 @@ struct Total {
 
 // One thread starts the copies of a block.
 template <typename Input, bool kByRow>
-__device__ __forceinline__ void copy_boxes(Ring<Input::kStages> ring, const CUtensorMap* map, const Arguments& args,
+__device__ __forceinline__ void copy_boxes(BoxRing<Input> ring, const CUtensorMap* map, const Arguments& args,
                                            const Place& place, const BlockWork& work, int count) {
   constexpr int kSlicesOfChunk = kChunkRows / Input::kSliceRows;
   // Of float32 a box is 32 numbers wide: two of them where that is half a unit's channels.
@@ -124,8 +148,7 @@ __device__ __forceinline__ void copy_boxes(Ring<Input::kStages> ring, const CUte
       if (channel >= place.d) continue;
 #pragma unroll
       for (int box = 0; box < kBoxesOfUnit; ++box) {
-        const std::uint32_t to =
-            ring.stages + ring.stage * kStageBytes + share.slot * kUnitBytes + box * (kUnitBytes / kBoxesOfUnit);
+        const std::uint32_t to = ring.here() + share.slot * kUnitBytes + box * (kUnitBytes / kBoxesOfUnit);
         const int inner = kByRow ? channel + 32 * box : row, middle = kByRow ? row : channel;
         if ((share.blocks & (share.blocks - 1)) == 0)
           copy_box(to, map, inner, middle, image, ring.full_barrier());

@@ -342,7 +342,11 @@ def overlap(a: LowRankPatch, b: LowRankPatch) -> float:
     0: they do not disturb each other. Near 1: they are the same change. Near -1: each undoes the other.
     """
     deltas = {u.layer: u.delta() for u in a.updates}
-    product = sum(float((deltas[u.layer] * u.delta()).sum()) for u in b.updates if u.layer in deltas)
+    product = sum(
+        float((delta * u.delta().to(delta.device)).sum())
+        for u in b.updates
+        if (delta := deltas.get(u.layer)) is not None
+    )
     norms = [sum(float(u.delta().square().sum()) for u in p.updates) ** 0.5 for p in (a, b)]
     return product / (norms[0] * norms[1]) if min(norms) > 0 else 0.0
 
@@ -351,7 +355,7 @@ def shared_directions(a: LowRankPatch, b: LowRankPatch) -> float:
     """The share of the smaller direction space that lies in the other, in [0, 1], over the layers both touch."""
     spaces = {u.layer: torch.linalg.qr(u.direction.double().t()).Q for u in a.updates}  # I x r
     shared = [
-        float((spaces[u.layer].t() @ torch.linalg.qr(u.direction.double().t()).Q).square().sum())
+        float((spaces[u.layer].t() @ torch.linalg.qr(u.direction.to(spaces[u.layer]).t()).Q).square().sum())
         / min(spaces[u.layer].shape[1], u.rank)
         for u in b.updates
         if u.layer in spaces
@@ -378,9 +382,9 @@ def stack(patches: Sequence[LowRankPatch], *, warn_above: float = 0.25) -> LowRa
         shapes = {(u.lambda_.shape[0], u.direction.shape[1], *u.lambda_.shape[2:]) for u in parts}
         if len(shapes) > 1:
             raise PatchError(f"the patches change {layer} weights of different shapes: {sorted(shapes)}")
-        updates.append(
-            LayerUpdate(layer, torch.cat([u.direction for u in parts]), torch.cat([u.lambda_ for u in parts], 1))
-        )
+        device = parts[0].direction.device  # a patch that was loaded is on the processor, others may be elsewhere
+        direction = torch.cat([u.direction.to(device) for u in parts])
+        updates.append(LayerUpdate(layer, direction, torch.cat([u.lambda_.to(device) for u in parts], 1)))
     total = LowRankPatch(
         updates,
         name=" + ".join(p.name or "patch" for p in patches),

@@ -276,18 +276,18 @@ void shape(sm90::Shape shape, int row, int column, int d) {
     CHECK(place.arriving() == there && there > 0);
     for (int group = 0; group < kGroups; ++group) {
       const GroupWork work = place.work(group);
-      CHECK(work.columns == 0 || work.columns == 64 || work.columns == 128);
-      if (work.columns == 0) continue;
+      CHECK(0 <= work.units && work.units <= kColumnUnits);
+      if (work.units == 0) continue;
       CHECK(slots[block].count(work.a) && place.there(work.a));
-      for (int unit = 0; unit < work.columns / kUnit; ++unit) {
+      for (int unit = 0; unit < work.units; ++unit) {
         const int slot = work.b + unit;
         CHECK(slots[block].count(slot) && place.there(slot));
         CHECK(columns.first <= slot && slot < columns.first + columns.count);
       }
-      for (int sum = 0; sum < work.columns / 2; ++sum)
+      for (int sum = 0; sum < work.units * kUnit / 2; ++sum)
         for (int thread = 0; thread < kGroupThreads; ++thread) {
           const int position = first_position(group) + sum * kGroupThreads + thread;
-          CHECK(position < kTile * kTile);
+          CHECK(position < kElements);
           // The row in the unit as the instruction has it: sixteen of a warp, a lane's at lane / 4 and eight below.
           // Paired, a lane brings channels 2 * (lane / 4) and the next as these rows.
           const int line = thread % 32 / 4, lower = sum % 4 / 2, begin = place.channel(work.a) + thread / 32 * 16;
@@ -314,14 +314,14 @@ void cluster_plan(int d, std::int64_t rows, int multiprocessors, const sm90::Cos
     const BlockWork work = plan.work(block);
     int chunks = 0;
     for (int chunk = work.first; chunk < plan.chunks; chunk += work.step, ++chunks) ++seen[work.tile][chunk];
-    CHECK(chunks > 0 || block >= plan.blocks() - 3);
+    CHECK(chunks > 0 || block == plan.blocks() - 1);
     if (chunks == 0) continue;
     const Place place = plan.place(work.tile, d);
     blocks[work.tile].insert(block);
     work_of_all += std::int64_t{cost[static_cast<int>(place.shape)]} * chunks;
     longest = std::max(longest, std::int64_t{cost[static_cast<int>(place.shape)]} * chunks);
     // A cluster is whole, and its blocks are those of the shape.
-    if (is_shared(place.shape)) CHECK(plan.cluster == 4 && place.block == block % 4);
+    if (is_shared(place.shape)) CHECK(plan.cluster == 2 && place.block == block % 2);
   }
   std::vector<char> covered(d * d);
   for (int tile = 0; tile < plan.tiles(); ++tile) {
@@ -332,10 +332,10 @@ void cluster_plan(int d, std::int64_t rows, int multiprocessors, const sm90::Cos
     const Place place = plan.place(tile, d);
     CHECK(place.there(place.work(0).a));
     if (multiprocessors != 132) continue;
-    for (int position = 0; position < kTile * kTile; ++position) {
+    for (int position = 0; position < kElements; ++position) {
       const TileElement element = place.element(position, rows % 2 == 0);
       if (element.row > element.column || element.column >= d) continue;
-      CHECK(position / kGroupThreads % kSums < place.work(position / (kGroupThreads * kSums)).columns / 2);
+      CHECK(position / kGroupThreads % kSums < place.work(position / (kGroupThreads * kSums)).units * kUnit / 2);
       CHECK(++covered[element.row * d + element.column] == 1);
     }
   }
@@ -343,7 +343,7 @@ void cluster_plan(int d, std::int64_t rows, int multiprocessors, const sm90::Cos
     for (int i = 0; i < d; ++i)
       for (int j = i; j < d; ++j) CHECK(covered[i * d + j] == 1);
   if (rows < 1 << 20) return;
-  const std::int64_t places = plan.cluster == 1 ? 132 : 128, waves = (plan.blocks() + places - 1) / places;
+  const std::int64_t places = 132, waves = (plan.blocks() + places - 1) / places;
   CHECK(work_of_all > busy * places * waves * longest);
 }
 
@@ -355,8 +355,8 @@ void clusters() {
     shape(Shape::diagonal, 0, 0, d);
   }
   for (int d : {385, 449, 512}) shape(Shape::square, 0, 256, d);
-  const sm90::Costs together{160, 112, 160, 112}, apart{512, 0, 512, 400};
-  for (const sm90::Costs& costs : {together, apart}) {
+  const sm90::Costs bits16{288, 192, 160, 112}, tf32{576, 464, 352, 272}, fp32{896, 0, 512, 400};
+  for (const sm90::Costs& costs : {bits16, tf32, fp32}) {
     for (int d : {8, 128, 129, 200, 256, 257, 300, 321, 384, 385, 512, 513, 640, 1000})
       for (std::int64_t rows : {1, 700, 70000}) cluster_plan(d, rows, 132, costs, 0);
     for (int d : {64, 300, 512, 1024, 2048, 4000})

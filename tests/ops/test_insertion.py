@@ -324,6 +324,28 @@ def test_slopes_and_weights_on_many_pixels(slope, impl, insert):
     assert_close(result.losses, truth.losses, baseline.losses, 1e-6)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("weights", ["even", "some", "any"])
+@pytest.mark.parametrize("slope", [0.2, 1 / 3, 0.2345678])
+@pytest.mark.parametrize("sizes", [((12, 36),) * 3, ((64, 66), (2, 9))], ids=str)
+def test_slopes_and_weights_in_a_cluster(sizes, slope, weights, impl, insert):
+    """The same with several directions, in pieces of a target that a block takes at once and in longer ones: all
+    pixels weigh the same, or some of them nothing, or each as it likes."""
+    layer, direction, targets = case(o=35, i=8, rank=6, sizes=sizes, demodulate=True)
+    layer = replace(layer, negative_slope=slope)
+    weighed = []
+    for target in targets:
+        weight = torch.rand(target.goal.shape[1:], dtype=torch.float64)
+        weighed.append(replace(target, weight={"even": None, "some": (weight < 0.7).double(), "any": weight}[weights]))
+    truth = insert_low_rank(layer, direction, weighed, steps=3, lr=0.01)
+    single = cast(layer, direction, weighed)
+    baseline = insert_low_rank(*single, steps=3, lr=0.01, impl="torch")
+    result = insert(*single, steps=3, lr=0.01, impl=impl)
+    assert_close(result.lambda_, truth.lambda_, baseline.lambda_, 2e-4)
+    assert (result.lambda_.double() - truth.lambda_).abs().median() <= 1e-6
+    assert_close(result.losses, truth.losses, baseline.losses, 1e-6)
+
+
 CURVES = [
     KERNEL_CASES[1],
     {"o": 24, "i": 16, "rank": 1, "sizes": ((6, 7),)},

@@ -209,6 +209,32 @@ def test_a_forked_child_gets_the_same_bits(before):
     assert told[:count] == told[count:]
 
 
+@pytest.mark.cuda
+def test_threads_with_different_sizes(on_device):
+    """How much shared memory a kernel may have is the kernel's, not the launch's: a small launch must not take it from
+    a large one of another thread, which would then be refused.
+    """
+    works = [
+        insertion_work(o=2, rank=1, sizes=(size,)).placed(on_device)
+        for size in ((50, 52), (50, 51), (2, 3), (3, 2), (2, 2), (3, 3))
+    ]
+    started, problems = threading.Barrier(len(works)), []
+
+    def body(work: Work) -> None:
+        started.wait()
+        try:
+            work.result("cuda", times=250)
+        except RuntimeError as problem:
+            problems.append(problem)
+
+    threads = [threading.Thread(target=body, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+
+
 class TestStreams:
     pytestmark = needs_streams
 

@@ -1,0 +1,40 @@
+# For which GPUs the kernels are compiled. Functions alone: a script can include this.
+
+# The GPUs of this machine. nvcc's own `native` names a GPU of 9.0 `90`, and for that the kernels that need 90a are empty.
+function(architectures_here result)
+  find_program(PYREWRITE_NVIDIA_SMI nvidia-smi HINTS /usr/local/nvidia/bin /usr/lib/wsl/lib)
+  set(capabilities)
+  if(PYREWRITE_NVIDIA_SMI)
+    execute_process(COMMAND "${PYREWRITE_NVIDIA_SMI}" --query-gpu=compute_cap --format=csv,noheader
+                    OUTPUT_VARIABLE answer ERROR_VARIABLE problem RESULT_VARIABLE failed)
+    if(failed EQUAL 0)
+      string(REGEX MATCHALL "[0-9]+\\.[0-9]+" capabilities "${answer}")
+    endif()
+  endif()
+  if(NOT capabilities)
+    message(FATAL_ERROR "PYREWRITE_CUDA_ARCHITECTURES=native, but nvidia-smi shows no GPU here: name the architectures, such as 80 or 90a")
+  endif()
+  list(REMOVE_DUPLICATES capabilities)
+  list(TRANSFORM capabilities REPLACE "\\." "")
+  list(TRANSFORM capabilities REPLACE "^90$" "90a")
+  list(TRANSFORM capabilities APPEND "-real")
+  set(${result} ${capabilities} PARENT_SCOPE)
+endfunction()
+
+# Machine code for every supported GPU that an nvcc knows, and PTX of the newest for those to come. known: what it answers to
+# --list-gpu-arch. PTX of 90a would run nowhere but on 9.0, so where that is the newest the PTX is that of 90.
+function(architectures_of known result)
+  set(chosen)
+  foreach(architecture 75 80 86 89 90a 100 120)
+    string(REGEX REPLACE "[a-z]" "" plain "${architecture}")
+    if("${known}\n" MATCHES "compute_${plain}[^0-9]")
+      list(APPEND chosen ${architecture})
+    endif()
+  endforeach()
+  list(POP_BACK chosen newest)
+  list(TRANSFORM chosen APPEND "-real")
+  if(newest MATCHES "^([0-9]+)[a-z]$")
+    set(newest ${newest}-real ${CMAKE_MATCH_1}-virtual)
+  endif()
+  set(${result} ${chosen} ${newest} PARENT_SCOPE)
+endfunction()
