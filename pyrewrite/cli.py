@@ -383,7 +383,10 @@ def sample(
     label: int | None,
     seed: int,
 ) -> None:
-    """Write a sheet of numbered images; with patches, before and after."""
+    """Write a sheet of numbered images.
+
+    With patches it shows each of them before and after all of the patches together.
+    """
     from .evaluation import contact_sheet
 
     numbers = parse_numbers(images)

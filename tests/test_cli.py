@@ -182,6 +182,8 @@ def test_solve_sample_evaluate_apply(run, record, tmp_path):
     assert "\nchange everywhere: l1 " in text
     assert set(found["attributes"]) == {"hat", "glasses", "beard", "mood"}
 
+    assert "holds a patch, not a generator" in run("info", patch, fails=True)
+
     run("apply", "peeps-progan", patch, "--out", tmp_path / "edited.pth")
     merged, original = load_generator(tmp_path / "edited.pth"), load_generator("peeps-progan")
     LowRankPatch.load(patch).apply_(original)

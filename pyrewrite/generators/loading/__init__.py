@@ -78,6 +78,7 @@ _FOREIGN = (
     ("final_linear", "a discriminator of StyleGAN2, not a generator"),
     (".fromrgb.", "a discriminator in NVIDIA's layout, not a generator"),
     ("progression.", "a StyleGAN of the first generation, which is not read here"),
+    (".lambda", "a patch, not a generator: `pyrewrite apply` puts it into one"),
 )
 
 
