@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrewrite._finite import all_finite
 from pyrewrite._memory import is_out_of_memory, lowered
 from pyrewrite.generators.network import Activation, EditableLayer, EditableNetwork
 
@@ -434,7 +435,7 @@ class Generator(EditableNetwork):
         with torch.no_grad():
             z = self._checked_latents(self.latents([number], seed))
             image = self._image(*self._input_of(len(self._layers), *self._begin(z, render=True)))
-        if not image.isfinite().all():
+        if not all_finite(image):
             return f"image {number} holds values that are not finite"
         outside = (image.abs() > 1.5).float().mean().item()  # trained generators overshoot a little at edges
         if outside > 0.1:
