@@ -14,12 +14,39 @@ import click
 
 from ._version import __version__
 
+
+class OutFile(click.Path):
+    """A file to be written: a wrong ending or a folder that is not there is said before the work and not after it."""
+
+    def __init__(self, *endings: str) -> None:
+        super().__init__(dir_okay=False)
+        self.endings = endings
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(super().convert(value, param, ctx))
+        if path.exists() and not path.is_file():  # a device, such as /dev/null
+            return value
+        if path.suffix.lower() not in self.endings:
+            self.fail(f"{value!r} does not end in {' or '.join(self.endings)}.", param, ctx)
+        if not path.parent.is_dir():
+            self.fail(f"cannot write {value!r}: the folder {str(path.parent)!r} does not exist.", param, ctx)
+        if not os.access(path.parent, os.W_OK):
+            self.fail(f"cannot write {value!r}: no permission to write in {str(path.parent)!r}.", param, ctx)
+        return value
+
+
+CHECKPOINT = OutFile(".safetensors", ".pt", ".pth")
+SHEET = OutFile(".png", ".jpg", ".jpeg", ".webp")
+
 FILE = click.argument("file", metavar="GENERATOR")
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...")
 TRUNCATION = click.option("--truncation", type=float, default=None, help="Pull latents towards the mean; 1 is off.")
-SEED = click.option("--seed", type=int, default=None, help="Seed of the numbered images.  [default: the edit's, or 1]")
+SEED = click.option("--seed", type=int, default=1, show_default=True, help="Seed of the numbered images.")
 LABEL = click.option("--label", type=int, default=None, help="Class of all images, for a generator with class labels.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+STRENGTH = click.option(
+    "--strength", type=float, default=1.0, show_default=True, help="0 is the original, 1 the patch."
+)
 CACHE = click.option("--cache", type=click.Path(file_okay=False), help="Folder of the statistics cache.")
 
 
@@ -30,7 +57,9 @@ class Commands(click.Group):
         warnings.showwarning = _show_warning
         try:
             return super().invoke(ctx)
-        except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        except BrokenPipeError:  # whoever read the output has seen enough: click ends quietly
+            raise
+        except (ValueError, OSError) as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
             click.echo("stopped; every file is whole or as it was", err=True)
@@ -48,6 +77,8 @@ def main() -> None:
 
     GENERATOR is a file of a StyleGAN2 (rosinality, NVIDIA .pkl, GenForce, mmgeneration), a StyleGAN3, a Progressive GAN
     or a DCGAN, or the name of a bundled one: peeps (StyleGAN2), peeps-progan.
+
+    Begin with `pyrewrite demo`, which leaves edit records to solve, or with `pyrewrite ui peeps`, which paints them.
     `python -m pyrewrite` says what was built and what this machine offers.
     """
 
@@ -67,10 +98,12 @@ def info(file: str, device: str, as_json: bool) -> None:
         "file": file,
         "family": generator.family,
         "layout": generator.layout,
+        "architecture": getattr(generator, "architecture", None),
         "classes": generator.classes,
         "image_size": generator.image_size,
         "z_dim": generator.z_dim,
         "hash": generator.weights_hash(),
+        "clamps": {n: v for n, v in generator.file_settings().items() if n.endswith(".conv_clamp")},
         "notes": generator.notes,
         "unusual": generator.unusual_picture(),
         "layers": [
@@ -89,10 +122,14 @@ def info(file: str, device: str, as_json: bool) -> None:
         _print_json(data)
         return
     click.echo(f"{file}: {generator.family}, {generator.image_size} x {generator.image_size}, z of {generator.z_dim}")
-    click.echo(f"layout of the weights: {generator.layout}")
+    architecture = f", architecture {data['architecture']}" if data["architecture"] else ""
+    click.echo(f"layout of the weights: {generator.layout}{architecture}")
     click.echo(f"hash {data['hash']}")
     for layer in generator.layers.values():
         click.echo(f"  {layer!r}")
+    for bound in sorted(set(data["clamps"].values())):
+        count = list(data["clamps"].values()).count(bound)
+        click.echo(f"clamp: {count} convolutions keep what they put out within {bound:.4g} of 0")
     for note in generator.notes:
         click.echo(f"note: {note}")
     click.echo(f"warning: {data['unusual']}" if data["unusual"] else "image 0 of seed 1 renders with sane values")
@@ -100,12 +137,10 @@ def info(file: str, device: str, as_json: bool) -> None:
 
 @main.command()
 @FILE
-@click.option(
-    "--out", type=click.Path(dir_okay=False), required=True, help="A .safetensors, .pt or .pth file; the name decides."
-)
+@click.option("--out", type=CHECKPOINT, required=True, help="A .safetensors, .pt or .pth file; the name decides.")
 @JSON
 def convert(file: str, out: str, as_json: bool) -> None:
-    """Write a generator from any file that loads as safetensors or torch checkpoint.
+    """Write any generator that loads in another format.
 
     \b
     .safetensors  all families, class labels too, with family and hash beside the weights
@@ -116,8 +151,6 @@ def convert(file: str, out: str, as_json: bool) -> None:
     """
     from .generators import save_generator
 
-    if Path(out).suffix.lower() not in (".safetensors", ".pt", ".pth"):
-        raise click.UsageError(f"--out ends in .safetensors, .pt or .pth, got {out!r}")
     generator = _load(file, "cpu", None)
     save_generator(generator, out)
     if _load(out, "cpu", None).weights_hash() != generator.weights_hash():
@@ -135,7 +168,7 @@ def convert(file: str, out: str, as_json: bool) -> None:
 @FILE
 @click.argument("layer")
 @click.option("--samples", type=int, default=1000, show_default=True, help="Number of images.")
-@click.option("--out", type=click.Path(dir_okay=False), help="Write the second moment as .npz (count, mom2).")
+@click.option("--out", type=OutFile(".npz"), help="Write the second moment as .npz (count, mom2).")
 @DEVICE
 @TRUNCATION
 @LABEL
@@ -150,7 +183,7 @@ def stats(
     device: str,
     truncation: float | None,
     label: int | None,
-    seed: int | None,
+    seed: int,
     cache: str | None,
     as_json: bool,
 ) -> None:
@@ -160,7 +193,6 @@ def stats(
     """
     from .statistics import collect, collect_shared
 
-    seed = 1 if seed is None else seed
     settings = {"samples": samples, "seed": seed, "cache_dir": cache, "progress": True}
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
         import torch.distributed
@@ -202,15 +234,25 @@ def stats(
 def _settings_options(command):
     options = [
         click.option("--preset", type=click.Choice(["official"]), help="The published behaviour."),
-        click.option("--method", type=click.Choice(["low_rank", "projected", "least_squares"])),
-        click.option("--rank", type=int),
-        click.option("--targets", type=click.Choice(["paste", "context"])),
-        click.option("--key-method", type=click.Choice(["zca", "mean", "svd", "gandissect"])),
+        click.option(
+            "--method",
+            type=click.Choice(["low_rank", "projected", "least_squares"]),
+            help="How the weights are found; least_squares is the closed form.",
+        ),
+        click.option("--rank", type=int, help="How many directions of the layer's keys may change."),
+        click.option(
+            "--targets", type=click.Choice(["paste", "context"]), help="The pasted image alone or all of the context."
+        ),
+        click.option(
+            "--key-method",
+            type=click.Choice(["zca", "mean", "svd", "gandissect"]),
+            help="How the directions come from the context's keys.",
+        ),
         click.option("--preserve", type=float, help="Weight of the penalty on change elsewhere."),
         click.option("--shrinkage", type=float, help="Between whitening (0) and none (large)."),
         click.option("--margin", type=int, help="Pixels of the layer's map around the object that stay as they are."),
-        click.option("--steps", type=int),
-        click.option("--lr", type=float),
+        click.option("--steps", type=int, help="Of the optimisation."),
+        click.option("--lr", type=float, help="Learning rate of the optimisation."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -220,7 +262,7 @@ def _settings_options(command):
 @main.command()
 @FILE
 @click.argument("edit", type=click.Path(exists=True, dir_okay=False))
-@click.option("--out", type=click.Path(dir_okay=False), required=True, help="The patch, a .safetensors file.")
+@click.option("--out", type=OutFile(".safetensors"), required=True, help="The patch, a .safetensors file.")
 @click.option("--layer", help="Layer to edit.  [default: the record's]")
 @click.option("--samples", type=int, help="Images for the statistics.  [default: the record's, or 1000]")
 @click.option("--erase", "units", type=int, help="Remove what the context shows: silence this many units.")
@@ -229,7 +271,7 @@ def _settings_options(command):
 @DEVICE
 @TRUNCATION
 @LABEL
-@SEED
+@click.option("--seed", type=int, help="Seed of the numbered images.  [default: the record's, or 1]")
 @CACHE
 @JSON
 def solve(
@@ -249,15 +291,22 @@ def solve(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Solve an edit record and write the patch."""
+    """Solve an edit record and write the patch.
+
+    Settings that are not given are the record's, and those that it does not name the defaults that work best.
+    """
     from .edit import Edit
     from .rewriting import Rewriter
 
+    if zero and units is not None:
+        raise click.UsageError("--erase and --zero are two ways to remove: give one of them")
+    if zero and preset:
+        raise click.UsageError("--zero is a closed form: --preset has no part in it")
     record = Edit.load(edit)
     layer = layer or record.layer
     if layer is None:
         raise click.UsageError("the record does not name a layer: give --layer (see `pyrewrite info`)")
-    chosen = record.resolve(preset)
+    chosen = record.resolve(preset, **settings)  # a setting that cannot be is said before any work
     truncation = chosen.truncation if truncation is None else truncation
     generator = _load(file, device, truncation, None)
     generator.apply_settings({**(record.images or {}), **({} if label is None else {"label": label})})
@@ -267,15 +316,15 @@ def solve(
         samples=samples or chosen.samples,
         seed=chosen.seed if seed is None else seed,
         cache_dir=cache,
+        warn=as_json,  # the printed report says its warnings itself
     )
     if zero:
         patch = rewriter.zero(record, **settings)
     else:
         with click.progressbar(length=1000, label="solving", file=sys.stderr) as bar:
-            total = record.resolve(preset, **settings).steps
 
             def progress(done: int, loss: float) -> None:
-                bar.update(int(1000 * done / total) - bar.pos)
+                bar.update(int(1000 * done / chosen.steps) - bar.pos)
 
             if units is not None:
                 patch = rewriter.erase(record, units, preset, progress=progress, **settings)
@@ -291,8 +340,8 @@ def solve(
 @main.command()
 @FILE
 @click.argument("patches", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
-@click.option("--out", type=click.Path(dir_okay=False), required=True, help="The edited checkpoint.")
-@click.option("--strength", type=float, default=1.0, show_default=True, help="0 is the original, 1 the patch.")
+@click.option("--out", type=CHECKPOINT, required=True, help="The edited checkpoint: .safetensors, .pt or .pth.")
+@STRENGTH
 @click.option("--force", is_flag=True, help="Apply to a generator that the patch was not made for.")
 def apply(file: str, patches: tuple[str, ...], out: str, strength: float, force: bool) -> None:
     """Merge patches into a checkpoint of the same format."""
@@ -309,11 +358,15 @@ def apply(file: str, patches: tuple[str, ...], out: str, strength: float, force:
 @FILE
 @click.option("--images", default="0-23", show_default=True, help="Image numbers, such as 0-8,12,200-212.")
 @click.option(
-    "--patch", "patches", multiple=True, type=click.Path(exists=True, dir_okay=False), help="Before and after."
+    "--patch",
+    "patches",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="Show the images before and after it; may be given again.",
 )
-@click.option("--strength", type=float, default=1.0, show_default=True)
+@STRENGTH
 @click.option("--force", is_flag=True, help="Apply to a generator that the patch was not made for.")
-@click.option("--out", type=click.Path(dir_okay=False), required=True, help="The sheet, a .png file.")
+@click.option("--out", type=SHEET, required=True, help="The sheet, a .png, .jpg or .webp file.")
 @DEVICE
 @TRUNCATION
 @LABEL
@@ -328,14 +381,16 @@ def sample(
     device: str,
     truncation: float | None,
     label: int | None,
-    seed: int | None,
+    seed: int,
 ) -> None:
-    """Write a sheet of numbered images, with patches as pairs of before and after."""
+    """Write a sheet of numbered images.
+
+    With patches it shows each of them before and after all of the patches together.
+    """
     from .evaluation import contact_sheet
 
-    generator = _load(file, device, truncation, label)
     numbers = parse_numbers(images)
-    seed = 1 if seed is None else seed
+    generator = _load(file, device, truncation, label)
     rows = [generator.images(numbers, seed)]
     if patches:
         for patch in _patches(patches, strength):
@@ -352,10 +407,10 @@ def sample(
 @click.option(
     "--edit", type=click.Path(exists=True, dir_okay=False), help="The record: change inside and outside its mask."
 )
-@click.option("--strength", type=float, default=1.0, show_default=True)
+@STRENGTH
 @click.option("--force", is_flag=True, help="Apply to a generator that the patch was not made for.")
 @click.option("--attributes", is_flag=True, help="Rates by the bundled classifier of drawn busts.")
-@click.option("--out", type=click.Path(dir_okay=False), help="Also write a sheet, a .png file.")
+@click.option("--out", type=SHEET, help="Also write a sheet, a .png, .jpg or .webp file.")
 @DEVICE
 @TRUNCATION
 @LABEL
@@ -373,18 +428,19 @@ def evaluate(
     device: str,
     truncation: float | None,
     label: int | None,
-    seed: int | None,
+    seed: int,
     as_json: bool,
 ) -> None:
     """Measure what patches change in numbered images."""
     from .evaluation.measure import measure_patches
 
+    numbers = parse_numbers(images)
     generator = _load(file, device, truncation, label)
     data = measure_patches(
         generator,
         _patches(patches, strength),
-        parse_numbers(images),
-        seed=1 if seed is None else seed,
+        numbers,
+        seed=seed,
         edit=edit,
         attributes=attributes,
         force=force,
@@ -404,7 +460,7 @@ def evaluate(
 @DEVICE
 @JSON
 def demo(out: str, only: tuple[str, ...], count: int, official: bool, device: str, as_json: bool) -> None:
-    """Rewrite rules of the bundled generators and show what became of them."""
+    """Solve the bundled edits and judge them on unseen images."""
     from .demo import run_demo
 
     result = run_demo(
@@ -448,13 +504,13 @@ def ui(
     device: str,
     truncation: float | None,
     label: int | None,
-    seed: int | None,
+    seed: int,
     cache: str | None,
 ) -> None:
-    """Copy, paste and rewrite in the browser, on a page of this machine.
+    """Copy, paste and rewrite in the browser.
 
-    The page answers on 127.0.0.1 only, at an address with a secret token. From another machine, forward the port with
-    `ssh -L 8765:127.0.0.1:8765 HOST` and open the address that is printed.
+    The page answers on 127.0.0.1 of this machine only, at an address with a secret token. From another machine, forward
+    the port with `ssh -L 8765:127.0.0.1:8765 HOST` and open the address that is printed.
     """
     try:
         from .interface import Session, serve
@@ -466,7 +522,7 @@ def ui(
         generator,
         layer=layer,
         samples=samples,
-        seed=1 if seed is None else seed,
+        seed=seed,
         folder=folder,
         cache_dir=cache,
         name=Path(file).name,
@@ -474,17 +530,15 @@ def ui(
     )
     try:
         page = serve(session, port, allow_origin, base_path)
-    except OSError as error:
-        session.close()
-        raise click.ClickException(str(error)) from error
-    click.echo(page.address)
-    click.echo("open this address in a browser; Ctrl-C ends the page", err=True)
-    if open_browser:
-        click.launch(page.address)
-    try:
-        page.wait()
+        try:
+            click.echo(page.address)
+            click.echo("open this address in a browser; Ctrl-C ends the page", err=True)
+            if open_browser:
+                click.launch(page.address)
+            page.wait()
+        finally:
+            page.close()
     finally:
-        page.close()
         session.close()
 
 
@@ -522,12 +576,18 @@ def _patches(paths: tuple[str, ...], strength: float):
 def _lines(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Nested measures as lines: the innermost names of each group side by side."""
     plain = {name: value for name, value in data.items() if not isinstance(value, dict)}
-    numbers = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in plain.items() if value is not None)
-    if text := ", ".join(numbers):
+    said = (f"{name.replace('_', ' ')} {_plain(value)}" for name, value in plain.items() if value is not None)
+    if text := ", ".join(said):
         yield f"{prefix}: {text}" if prefix else text
     for name, value in data.items():
         if isinstance(value, dict):
             yield from _lines(value, f"{prefix} {name}".strip())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _print_json(data: Any) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
+import generators_reference as generators
 import numpy as np
 import nvidia_reference as nvidia
 import pytest
@@ -80,6 +83,22 @@ def test_info_names_the_generator_that_was_taken(run, tmp_path):
     assert "layout of the weights: NVIDIA" in text
 
 
+def test_info_says_layout_architecture_and_clamp(run, tmp_path):
+    state = generators.sequential(generators.stylegan2_state())
+    torch.save({"state_dict": state}, tmp_path / "official.pth")
+    assert "layout of the weights: official, architecture skip" in run("info", tmp_path / "official.pth")
+    assert "architecture" not in run("info", "peeps-progan")
+    assert "clamp" not in run("info", "peeps")
+
+    settings = {f"synthesis.b{r}.{part}.conv_clamp": 256 for r in (4, 8) for part in ("conv1", "torgb")}
+    network = nvidia.network(nvidia.random_state(), "", settings)
+    (tmp_path / "network.pkl").write_bytes(nvidia.dumps({"G_ema": network}))
+    assert "clamp: 4 convolutions keep what they put out within 256 of 0" in run("info", tmp_path / "network.pkl")
+    data = json.loads(run("info", tmp_path / "network.pkl", "--json"))
+    assert data["architecture"] == "skip"
+    assert set(data["clamps"].values()) == {256}
+
+
 def test_class_labels(run, tmp_path):
     state = nvidia.random_state(classes=3)
     (tmp_path / "network.pkl").write_bytes(nvidia.dumps({"G_ema": nvidia.network(state, "")}))
@@ -119,7 +138,7 @@ def test_convert(run, tmp_path):
         assert data["hash"] == expected
         assert load_generator(tmp_path / name).weights_hash() == expected
     assert expected in run("convert", tmp_path / "x.pt", "--out", tmp_path / "y.safetensors")
-    assert "--out ends in" in run("convert", tmp_path / "x.pt", "--out", tmp_path / "y.png", fails=True)
+    assert "does not end in .safetensors" in run("convert", tmp_path / "x.pt", "--out", tmp_path / "y.png", fails=True)
     assert not (tmp_path / "y.png").exists()
     (tmp_path / "bad.pkl").write_bytes(b"\x80\x04cos\nsystem\n.")
     text = run("convert", tmp_path / "bad.pkl", "--out", tmp_path / "z.pt", fails=True)
@@ -135,6 +154,9 @@ def test_stats(run, tmp_path):
     assert np.load(tmp_path / "c.npz")["count"] == data["count"]
     again = json.loads(run("stats", "peeps-progan", "layer4", "--samples", 4, "--json"))
     assert again["from_cache"] is True
+    text = run("stats", "peeps-progan", "layer4", "--samples", 4)
+    assert text.startswith("layer layer4, count 256, channels 192, mean square ")
+    assert "from cache yes" in text
 
 
 def test_solve_sample_evaluate_apply(run, record, tmp_path):
@@ -156,7 +178,11 @@ def test_solve_sample_evaluate_apply(run, record, tmp_path):
     text = run("evaluate", "peeps-progan", patch, "--images", "10-13", "--edit", record)
     assert f"change inside: l1 {found['change']['inside']['l1']:.4g}, psnr " in text
     assert found["change"]["inside"]["l1"] > found["change"]["outside"]["l1"]
+    text = run("evaluate", "peeps-progan", patch, "--images", "10-13")
+    assert "\nchange everywhere: l1 " in text
     assert set(found["attributes"]) == {"hat", "glasses", "beard", "mood"}
+
+    assert "holds a patch, not a generator" in run("info", patch, fails=True)
 
     run("apply", "peeps-progan", patch, "--out", tmp_path / "edited.pth")
     merged, original = load_generator(tmp_path / "edited.pth"), load_generator("peeps-progan")
@@ -181,11 +207,16 @@ def test_removal(run, record, tmp_path):
     edit.object = edit.paste = None
     edit.save(record)
     run("solve", "peeps-progan", record, "--out", tmp_path / "e.safetensors", "--erase", 4)
-    run("solve", "peeps-progan", record, "--out", tmp_path / "z.safetensors", "--zero")
+    text = run("solve", "peeps-progan", record, "--out", tmp_path / "z.safetensors", "--zero")
+    assert "loss" not in text  # it has no targets
+    with_both = ("--erase", 4, "--zero")
+    assert "two ways to remove" in run(
+        "solve", "peeps-progan", record, "--out", tmp_path / "x.safetensors", *with_both, fails=True
+    )
     assert LowRankPatch.load(tmp_path / "e.safetensors").settings["units"] == 4
-    text = run("solve", "peeps-progan", record, "--out", tmp_path / "x", fails=True)
+    text = run("solve", "peeps-progan", record, "--out", tmp_path / "x.safetensors", fails=True)
     assert "Error: field 'object' is missing: this record can be erased or zeroed, not inserted" in text
-    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -196,6 +227,12 @@ def test_removal(run, record, tmp_path):
         (("stats", "peeps-progan", "layer4", "--samples", 0), "samples"),
         (("sample", "peeps-progan", "--images", "5-2", "--out", "s.png"), "ends before it begins"),
         (("sample", "peeps-progan", "--images", "a", "--out", "s.png"), "'a' is not a number"),
+        (("sample", "peeps-progan", "--images", "0", "--seed", -1, "--out", "s.png"), "seed is -1; expected 0 to"),
+        (("info", "peeps-progan", "--device", "gpu"), "device 'gpu' cannot be used: "),
+        (("info", "peeps-progan", "--device", "cuda:77"), "device 'cuda:77' cannot be used: "),
+        (("demo", "--edit", "fez"), "no bundled edit 'fez'; there are beanie, "),
+        (("ui", "peeps-progan", "--port", 99999), "port 99999 of 127.0.0.1 cannot be taken"),
+        (("ui", "peeps-progan", "--allow-origin", "hub"), "hub"),
     ],
 )
 def test_errors_are_one_line(run, args, named):
@@ -203,6 +240,50 @@ def test_errors_are_one_line(run, args, named):
     assert named in text
     assert text.startswith("Error: ")
     assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("convert", "peeps-progan", "--out", "x.onnx"), "does not end in .safetensors or .pt or .pth"),
+        (("convert", "peeps-progan", "--out", "nowhere/x.pt"), "the folder 'nowhere' does not exist"),
+        (("stats", "peeps-progan", "layer4", "--out", "x.npy"), "does not end in .npz"),
+        (("sample", "peeps-progan", "--out", "x.gif"), "does not end in .png"),
+        (("evaluate", "peeps-progan", "PATCH", "--out", "nowhere/x.png"), "the folder 'nowhere' does not exist"),
+        (("apply", "peeps-progan", "PATCH", "--out", "x.png"), "does not end in .safetensors or .pt or .pth"),
+        (("solve", "peeps-progan", "PATCH", "--out", "x.pt"), "does not end in .safetensors"),
+    ],
+)
+def test_where_nothing_can_be_written_no_work_begins(run, args, named, tmp_path, monkeypatch):
+    def load(*_):
+        raise AssertionError("the generator was loaded first")
+
+    monkeypatch.setattr("pyrewrite.cli._load", load)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "PATCH").touch()
+    text = run(*args, fails=True)
+    assert "Invalid value for '--out'" in text
+    assert named in text
+
+
+def test_settings_that_cannot_be_are_said_before_any_work(run, record, tmp_path, monkeypatch):
+    monkeypatch.setattr("pyrewrite.cli._load", lambda *_: pytest.fail("the generator was loaded first"))
+    text = run("solve", "peeps-progan", record, "--out", tmp_path / "p.safetensors", "--rank", 0, fails=True)
+    assert text == "Error: setting 'rank' is 0; expected a whole number of at least 1\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "pyrewrite.cli", "info", "peeps-progan", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "Error: [Errno 28] No space left on device\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{shlex.quote(sys.executable)} -m pyrewrite.cli info peeps-progan --json | true"
+    assert subprocess.run(["sh", "-c", command], capture_output=True, text=True).stderr == ""
 
 
 def test_a_patch_for_another_generator_needs_force(run, record, tmp_path):

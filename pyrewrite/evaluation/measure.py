@@ -31,7 +31,8 @@ def measure_patches(
 ) -> dict[str, Any]:
     """Render the numbered images without and with the patches (all of them together) and compare.
 
-    edit: a record; the change is then also told apart inside and outside its paste's (or first context) mask.
+    edit: a record; the change is then told apart inside and outside its paste's (or first context) mask, else it is
+    that of the whole pictures (`everywhere`).
     attributes: rates by the bundled classifier, which knows the bundled generators' drawn busts only.
     sheet: where to write a contact sheet. The generator is left as it was. ValueError without numbers.
     """
@@ -49,13 +50,12 @@ def measure_patches(
         for patch in reversed(applied):
             patch.remove_(generator)
     difference = (after - before).abs().mean((1, 2, 3))  # B
-    everywhere = torch.ones(before.shape[-2:])
     data: dict[str, Any] = {
         "images": len(numbers),
         "mean_change": float(difference.mean()),
         "largest_change": float(difference.max()),
         "images_changed": float((difference > CHANGED).float().mean()),
-        "change": image_change(before, after, everywhere if mask is None else mask).as_dict(),
+        "change": _change(before, after, mask),
     }
     if attributes:
         classifier = AttributeClassifier()
@@ -74,6 +74,13 @@ def measure_patches(
             [before[shown], after[shown]], ["before", "after"], sheet, labels=[str(n) for n in numbers[shown]]
         )
     return data
+
+
+def _change(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
+    """before, after: B x 3 x H x W; mask: H x W or None -> L1, PSNR and SSIM of each part."""
+    if mask is not None:
+        return image_change(before, after, mask).as_dict()
+    return {"everywhere": image_change(before, after, torch.ones(before.shape[-2:])).as_dict()["inside"]}
 
 
 def _edit_mask(path: str | os.PathLike, image_size: int) -> torch.Tensor:

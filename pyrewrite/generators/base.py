@@ -48,9 +48,12 @@ def numbered_latents(numbers: int | Iterable[int], z_dim: int, seed: int = 1) ->
     Row n is row n of `numpy.random.RandomState(seed).standard_normal((size, z_dim))` cut to float32, whatever the size,
     as in the official tool (utils/zdataset.py): image number n is the same picture for everyone.
 
-    Raises TypeError for numbers that are not integers, ValueError for one below 0 or above MAX_NUMBER.
+    Raises TypeError for numbers that are not integers, ValueError for one below 0 or above MAX_NUMBER and for a seed
+    that is no number of 32 bits.
     """
     wanted = image_numbers(numbers)
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed is {seed}; expected 0 to {(1 << 32) - 1}")
     rows = np.empty((len(wanted), z_dim), np.float32)
     order = np.argsort(wanted, kind="stable")
     sorted_numbers = np.asarray(wanted, np.int64)[order]

@@ -113,7 +113,7 @@ def _take(r: Request, record: Edit, label: str) -> None:
         wanted, here = record.settings.get(name), getattr(r.document.settings, name)
         if wanted is not None and wanted != here:
             raise EditError(f"the record's {name} is {wanted}, the session's is {here}: its numbers are other pictures")
-    if record.images is not None and {"label": 0, **record.images} != {"label": 0, **session.images}:
+    if record.images is not None and not generator.has_settings(record.images):
         raise EditError(
             f"the record's pictures were made with {record.images or 'defaults'}, the session's with "
             f"{session.images or 'defaults'}: its numbers are other pictures"
@@ -340,7 +340,7 @@ def gallery(r: Request) -> dict[str, Any] | None:
     def run(job: Job) -> dict[str, Any]:
         session.ensure_statistics(record.layer, job)
         job.step, job.steps = 0, record.resolve().steps
-        patch = session.model.rewriter(record.layer).solve(record, progress=jobs.progress_of(session, job))
+        patch = jobs.solved_patch(session, record.layer, record, job)
         report = {**patch.report.to_dict(), "change_elsewhere": None}
         return {"edit": _add(session, patch, demo.title, report, demo.title), "report": report}
 

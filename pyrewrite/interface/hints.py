@@ -1,4 +1,7 @@
-"""Which layer fits a selection: each is tried in closed form on half of the places and judged on the other half."""
+"""Which layer fits a selection: each is tried in closed form on half of the places and judged on the other half.
+
+All of it on the generator as it was before the selection was executed: what an edit has done is not there to be judged.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from ..generators import Activation
 from ..rewriting import LayerUpdate
 from ..rewriting.selection import bounding_box
 from ..rewriting.targets import captured_from, landing
-from .document import Document, Region
+from .document import Document, Region, StackedEdit
+from .live import selections_of
 from .model import Model
 from .regions import key_pixels
 
@@ -36,25 +40,37 @@ def layer_hints(model: Model, document: Document, progress: Callable[[int, int],
     was not solved for (1 is all of it). spill: change outside the object's box as a part of the change wanted inside.
     score: taken - SPILL * spill.
 
-    The pictures run once for all layers, and so do those of the statistics, which are kept.
+    The pictures run once for all layers, and so do those of the statistics, which are kept. progress finds the weights
+    as they were.
     """
-    places = _places(document)
+    places, edits = _places(document), edits_before(document)
     layers = list(model.generator.layers)
     numbers = list(dict.fromkeys([document.object.image, *(r.image for r in places)]))
     protected = [r.image for r in document.protect]
-    batches = model.quick_batches(SAMPLES)
+    with model.with_edits(edits):
+        batches = model.quick_batches(SAMPLES)
+        every_layer = model.every_layer([*numbers, *protected], document.latents)
     for done in range(batches):
         progress(done, batches + len(layers))
-        model.collect_quickly(SAMPLES, done)
+        with model.with_edits(edits):
+            model.collect_quickly(SAMPLES, done)
     found = []
-    for done, (layer, rows) in enumerate(model.every_layer([*numbers, *protected], document.latents)):
+    for done in range(len(layers)):
         progress(batches + done, batches + len(layers))
-        try:
-            found.append(_try(model, document, layer, places, rows))
-        except (EditError, NonFiniteError) as error:
-            found.append({"layer": layer, "score": None, "taken": None, "spill": None, "why": str(error)})
+        with model.with_edits(edits):
+            layer, rows = next(every_layer)
+            try:
+                found.append(_try(model, document, layer, places, rows))
+            except (EditError, NonFiniteError) as error:
+                found.append({"layer": layer, "score": None, "taken": None, "spill": None, "why": str(error)})
     progress(batches + len(layers), batches + len(layers))
     return sorted(found, key=lambda h: -math.inf if h["score"] is None else h["score"], reverse=True)
+
+
+def edits_before(document: Document) -> list[StackedEdit]:
+    """The active edits without those of the document's own selections, at whatever layer and settings."""
+    own = selections_of(document.record().to_dict())
+    return [e for e in document.active if e.record is None or selections_of(e.record) != own]
 
 
 def _places(document: Document) -> list[Region]:

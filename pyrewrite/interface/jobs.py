@@ -14,7 +14,7 @@ from ..rewriting.targets import CAPTURE_BATCH, context_examples
 from ..statistics.search import DirectionScan, match
 from .document import Document, Mask, StackedEdit, described
 from .fields import checked_number
-from .hints import layer_hints
+from .hints import edits_before, layer_hints
 from .pictures import above
 from .regions import region_by_click
 
@@ -45,17 +45,22 @@ def execute(r: Request) -> None:
 
     def run(job: Job) -> dict[str, Any]:
         session.ensure_statistics(document.layer, job, quantiles=document.settings.key_method == "gandissect")
-        rewriter = session.model.rewriter(document.layer)
         job.step, job.steps = 0, document.settings.steps
-        numbers = rewriter.images_of(record)
-        for first in range(0, len(numbers), CAPTURE_BATCH):  # a long context is not one long step
-            session.model.activations(document.layer, numbers[first : first + CAPTURE_BATCH], document.latents)
-            session.breathe(job)
-        captured = session.model.captured(document.layer, numbers, document.latents)
-        patch = rewriter.solve(record, progress=progress_of(session, job), captured=captured)
-        return _finish(session, document, record, patch, "execute")
+        patch = solved_patch(session, document.layer, record, job)
+        return _finish(session, document, record, patch, "execute", job)
 
     start(r, "execute", "Execute", run)
+
+
+def solved_patch(session: Session, layer: str, record: Edit, job: Job) -> LowRankPatch:
+    """The record's patch, from activations that are kept where they are; breathing."""
+    rewriter, latents = session.model.rewriter(layer), record.latents
+    numbers = rewriter.images_of(record)
+    for first in range(0, len(numbers), CAPTURE_BATCH):  # a long context is not one long step
+        session.model.activations(layer, numbers[first : first + CAPTURE_BATCH], latents)
+        session.breathe(job)
+    captured = session.model.captured(layer, numbers, latents)
+    return rewriter.solve(record, progress=progress_of(session, job), captured=captured)
 
 
 def erase(r: Request) -> None:
@@ -71,18 +76,21 @@ def erase(r: Request) -> None:
         session.ensure_statistics(document.layer, job)
         rewriter = session.model.rewriter(document.layer)
         job.step, job.steps = 0, document.settings.steps
+        progress = progress_of(session, job)
         if method == "zero":
-            patch = rewriter.zero(record)
+            patch = rewriter.zero(record, progress=progress)
         else:
-            patch = rewriter.erase(record, document.units, progress=progress_of(session, job))
-        return _finish(session, document, record, patch, "erase")
+            patch = rewriter.erase(record, document.units, progress=progress)
+        return _finish(session, document, record, patch, "erase", job)
 
     start(r, "erase", "Erase", run)
 
 
 def progress_of(session: Session, job: Job) -> Any:
     def progress(done: int, loss: float) -> None:
-        job.step, job.loss = done, float(loss)
+        job.step = done
+        if math.isfinite(loss):  # while images are captured and measured there is none
+            job.loss = float(loss)
         session.breathe(job)
 
     return progress
@@ -99,13 +107,15 @@ def is_report(report: Any) -> bool:
     )
 
 
-def _finish(session: Session, solved: Document, record: Edit, patch: LowRankPatch, label: str) -> dict[str, Any]:
+def _finish(
+    session: Session, solved: Document, record: Edit, patch: LowRankPatch, label: str, job: Job
+) -> dict[str, Any]:
     """The patch on the stack of the document as it is by now, with its report."""
     name = f"{'edit' if label == 'execute' else label} {session.next_edit}"
     patch.name = name
     report = patch.report.to_dict()
     edit = StackedEdit(session.next_edit, name, patch, strength=solved.strength, record=record.to_dict())
-    report["change_elsewhere"] = _change_elsewhere(session, solved, edit)
+    report["change_elsewhere"] = _change_elsewhere(session, solved, edit, job)
     if not all(math.isfinite(v) for v in (report["loss_before"], report["loss_after"], report["relative_size"])):
         raise ValueError("the solve left the finite numbers: a smaller learning rate may help")
     edit = StackedEdit(edit.id, name, patch, strength=edit.strength, report=report, record=edit.record)
@@ -117,13 +127,16 @@ def _finish(session: Session, solved: Document, record: Edit, patch: LowRankPatc
     return {"edit": edit.id, "report": report}
 
 
-def _change_elsewhere(session: Session, solved: Document, edit: StackedEdit) -> float:
+def _change_elsewhere(session: Session, solved: Document, edit: StackedEdit, job: Job) -> float:
     """Mean |change| of the pixels as a part of their range, over pictures that the edit has not seen."""
     model = session.model
     numbers = session.live.row(solved)
     before = model.pictures(numbers, {})
+    session.breathe(job)
     (update,) = edit.effective.updates
-    after = model.rendered_with(update, model.activations(update.layer, numbers, {}))
+    rows = model.activations(update.layer, numbers, {})
+    session.breathe(job)
+    after = model.rendered_with(update, rows)
     changes = [float(abs(a.astype(float) - b.astype(float)).mean()) for a, b in zip(after, before, strict=True)]
     return sum(changes) / len(changes) / 255 if changes else 0.0
 
@@ -250,8 +263,9 @@ def hint(r: Request) -> dict[str, Any] | None:
     session, document = r.session, r.document
     if document.object is None or not (document.paste or document.context):
         raise ValueError("copy an object and paste it somewhere first")
-    # Neither the layer that is chosen nor the strip has a part in it.
-    key = session.live.depends_on(document.replace(layer="", numbers=(), strength=1.0))
+    # Neither the layer that is chosen nor the strip has a part in it, nor what these selections have already done.
+    unchosen = document.replace(layer="", numbers=(), strength=1.0)
+    key = session.live.depends_on(unchosen, edits_before(document))
     if key in session.hints:
         return {"layers": session.hints[key]}
 

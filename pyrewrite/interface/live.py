@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..edit import Edit, Settings
 from ..errors import EditError, NonFiniteError
 from ..rewriting import LayerUpdate, Rewriter
 from ..rewriting.targets import Captured
-from .document import Document
+from .document import Document, StackedEdit
 from .model import Model
 from .pictures import sheet
 from .regions import key_pixels
@@ -88,13 +88,15 @@ class Live:
         else:
             self.error = self.note = None
 
-    def depends_on(self, d: Document) -> Any:
-        """All that an edit of this document and its previews come from; hashable."""
+    def depends_on(self, d: Document, edits: Sequence[StackedEdit] | None = None) -> Any:
+        """All that an edit of this document and its previews come from; hashable. edits: that are active then, None:
+        those that are.
+        """
         regions = tuple((r.image, r.mask.hash) if r else None for r in (d.object, d.paste))
         lists = tuple(tuple((r.image, r.mask.hash) for r in rs) for rs in (d.context, d.protect))
         return (
             regions, lists, tuple(sorted((n, p.dy, p.dx, p.on) for n, p in d.places.items())), d.layer, d.settings,
-            d.strength, tuple(self.row(d)), self.model.weights(),
+            d.strength, tuple(self.row(d)), self.model.weights(edits),
         )  # fmt: skip
 
     def _numbers(self, stage: str) -> list[int]:
@@ -163,4 +165,9 @@ def _is_record_of(document: Document, record: Mapping[str, Any] | None) -> bool:
 
 def _what_is_solved(record: Mapping[str, Any]) -> Any:
     own = {k: v for k, v in record.get("pyrewrite", {}).items() if k not in ("name", "generator", "images")}
-    return record.get("object"), record.get("paste"), record.get("key"), own
+    return selections_of(record), own
+
+
+def selections_of(record: Mapping[str, Any]) -> Any:
+    """What a record copies, and where to; comparable."""
+    return record.get("object"), record.get("paste"), record.get("key")

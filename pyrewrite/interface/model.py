@@ -76,6 +76,16 @@ class Model:
         set_patches(self.generator, patches)
 
     @contextlib.contextmanager
+    def with_edits(self, edits: Sequence[StackedEdit]) -> Iterator[None]:
+        """These are the active edits as long as the block lasts; nothing may be answered in it."""
+        before = self._edits
+        self.set_edits(edits)
+        try:
+            yield
+        finally:
+            self.set_edits(before)
+
+    @contextlib.contextmanager
     def original(self) -> Iterator[None]:
         """The generator without any edit, as long as the block lasts."""
         if not self._edits:

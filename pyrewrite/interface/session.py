@@ -345,7 +345,7 @@ class Session:
             except Cancelled:
                 pass
             except Exception as error:
-                _log.exception("the session's worker")
+                _failed("the session's worker", error)
                 self.notice("error", f"{type(error).__name__}: {error}")
         try:
             self.model.set_edits(())
@@ -445,7 +445,7 @@ class Session:
         if isinstance(error, RecursionError):
             text = "a field is nested too deep: expected numbers, texts and short lists"
         elif not isinstance(error, (ValueError, FileNotFoundError, Cancelled)):
-            _log.error("%s failed", action, exc_info=error)
+            _failed(f"{action} failed", error)
             text = f"{type(error).__name__}: {error}"
         self._reply(to, {"type": "error", "id": identity, "action": action, "message": text})
 
@@ -567,7 +567,7 @@ class Session:
         try:
             messages = self.live.step()
         except Exception as error:  # a job that waits for this goes on
-            _log.exception("a preview")
+            _failed("a preview", error)
             self.notice("error", f"preview: {type(error).__name__}: {error}")
             return
         for message, buffers in messages:
@@ -576,6 +576,11 @@ class Session:
             self.broadcast(message, buffers)
         if self.live.changed():
             self._dirty = True
+
+
+def _failed(what: str, error: BaseException) -> None:
+    if threading.main_thread().is_alive():  # not at the interpreter's end, where thread pools refuse all work
+        _log.error(what, exc_info=error)
 
 
 def _close(session: weakref.ref[Session]) -> None:

@@ -88,6 +88,7 @@ class RewriteApp(anywidget.AnyWidget):
             raise TypeError(f"{', '.join(options)}: options of a session that is already made")
         super().__init__()
         self.session = session
+        self._views: set[str] = set()  # that show this widget
         self._turn = threading.Lock()  # the session answers from its own thread, and a comm's send is not one step
         self._page: Page | None = None
         self.on_msg(self._hear)
@@ -101,9 +102,13 @@ class RewriteApp(anywidget.AnyWidget):
 
     def close(self) -> None:
         """Takes the widget off; the session, and a page that serves it, live on."""
+        self._disconnect()
+        super().close()
+
+    def _disconnect(self) -> None:
         if self._client is not None:
             self.session.disconnect(self._client)
-        super().close()
+            self._client = None
 
     def __repr__(self) -> str:
         """Also what a viewer without widgets shows in the widget's place."""
@@ -115,4 +120,17 @@ class RewriteApp(anywidget.AnyWidget):
             self.send(message, list(buffers))
 
     def _hear(self, _: Any, message: dict[str, Any], buffers: list[memoryview]) -> None:
+        kind = message.get("type") if isinstance(message, dict) else None
+        if kind == "leave":
+            # Its cell was run again or cleared. The host keeps this object, so that without this the session would go
+            # on sending it everything. Another view may come: a long notebook takes off what is not in sight.
+            self._views.discard(str(message.get("view")))
+            if not self._views:
+                self._disconnect()
+            return
+        if self._client is None:
+            self._client = self.session.connect(self._tell)
+        if kind == "view":
+            self._views.add(str(message.get("view")))
+            return
         self.session.receive(self._client, message, [bytes(b) for b in buffers])

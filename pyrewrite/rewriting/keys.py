@@ -142,3 +142,12 @@ def unusual_units(moment: SecondMoment, examples: Sequence[tuple[Tensor, Tensor]
     score = torch.where(mean_square > 0, energy / mean_square, torch.zeros_like(energy))
     top = score.topk(count)
     return top.indices, top.values
+
+
+def joined_directions(directions: list[Tensor]) -> Tensor:
+    """Directions of several edits -> an orthonormal basis of their span, r x I."""
+    if len(directions) == 1:
+        return directions[0]
+    stacked = torch.cat(directions).double()  # sum of ranks x I
+    _, s, v = torch.linalg.svd(stacked, full_matrices=False)
+    return v[s > 1e-6 * s[0]].float().contiguous()

@@ -94,11 +94,15 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def _taken(self) -> str:
+        loss = f"loss in the pasted boxes {self.loss_before:.4f} -> {self.loss_after:.4f}"
+        return f"{loss}, changed in {self.context_changed:.0%} of the targets"
+
     def __str__(self) -> str:
         lines = [
             f"{self.layer}, {self.method}, rank {self.rank}, {len(self.targets)} targets, {self.steps} steps",
-            f"loss in the pasted boxes {self.loss_before:.4f} -> {self.loss_after:.4f}",
-            f"changed in {self.context_changed:.0%} of the targets; size {self.relative_size:.3f} of the weights",
+            *([self._taken()] if self.targets else []),  # a closed form that removes has none
+            f"size {self.relative_size:.3f} of the weights",
             *([_protection(self.protected)] if self.protected else []),
             *(f"warning: {text}" for text in self.warnings),
         ]

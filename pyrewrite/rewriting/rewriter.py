@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,15 +15,17 @@ from ..errors import EditError
 from ..generators import Activation, Generator
 from ..ops import demodulation, insert_low_rank, insert_projected, solve_low_rank
 from ..statistics import LayerStatistics, SecondMoment, collect, top_images
-from .keys import context_directions, protected_subspace, unusual_units
+from .keys import context_directions, joined_directions, protected_subspace, unusual_units
 from .patch import LayerUpdate, LowRankPatch
 from .report import CHANGED, Clock, Report
-from .selection import Box, bounding_box, decode_mask, islands, mask_on_map
+from .selection import Box, bounding_box, edit_islands, mask_on_map
 from .targets import (
     Captured,
     Placed,
     activations,
     capture,
+    capture_batch,
+    captured_from,
     context_examples,
     cut_object,
     make_target,
@@ -139,7 +143,8 @@ class Rewriter:
 
         preset: "official" for the published behaviour. overrides: settings such as rank=30 or method="least_squares"
         (see Settings). Several edits share one solution: their directions are joined and every target counts.
-        progress: called with (steps done, loss); whatever it raises ends the solve. impl: of the insertion op.
+        progress: called with (steps done, loss), and with (0, nan) and (all steps, nan) between batches of images while
+        they are captured and measured; whatever it raises ends the solve. impl: of the insertion op.
         captured: the images that `images_of` names, where they are at hand.
 
         The patch's `.report` says what the edit leaves in the generator; EditWarning where it did not take.
@@ -152,15 +157,17 @@ class Rewriter:
         clock = Clock()
         wanted = [n for e in edits for n in _numbers(e, settings)]
         latents = {n: w for e in edits for n, w in e.latents.items()}
-        captured = captured or self.capture(wanted, latents)
+        captured = captured or self._capture(wanted, latents, progress)
         clock.lap("capture")
-        direction = _join([self._directions(captured, self._context(e), settings, e.protect) for e in edits])  # r x I
+        direction = joined_directions(
+            [self._directions(captured, self._context(e), settings, e.protect) for e in edits]
+        )  # r x I
         clock.lap("directions")
         targets = [target for e in edits for target in self._targets(captured, e, settings)]
         patch = self._insert(targets, captured, direction, settings, clock, progress, impl, edits)
         patch.name = " + ".join(e.name or "edit" for e in edits)
         for e in edits:
-            patch.report.islands.update(_islands(e))
+            patch.report.islands.update(edit_islands(e))
         return self._judged(patch, edits)
 
     def erase(
@@ -189,7 +196,7 @@ class Rewriter:
         if settings.targets == "paste" and edit.paste is None:
             raise EditError("field 'paste' is missing: with targets='paste' an erase needs the image it names")
         chosen = [edit.paste] if settings.targets == "paste" else context
-        captured = self.capture([s.image for s in [*context, *chosen, *edit.protect]], edit.latents)
+        captured = self._capture([s.image for s in [*context, *chosen, *edit.protect]], edit.latents, progress)
         examples = context_examples(captured, context, self._image_size)
         silenced, scores = unusual_units(self.moment, examples, units)
         if float(scores.max()) <= 1:
@@ -217,12 +224,15 @@ class Rewriter:
         patch.settings["units"] = units
         return self._judged(patch, [edit])
 
-    def zero(self, edit: Edit, **overrides) -> LowRankPatch:
-        """The closed form of a removal: Delta W = -P_D W, the layer no longer answers to the context's directions."""
+    def zero(self, edit: Edit, *, progress: Progress | None = None, **overrides) -> LowRankPatch:
+        """The closed form of a removal: Delta W = -P_D W, the layer no longer answers to the context's directions.
+
+        progress: as in `solve`.
+        """
         settings = self._settings(edit, None, overrides)
         clock = Clock()
         context = self._context(edit)
-        captured = self.capture([s.image for s in [*context, *edit.protect]], edit.latents)
+        captured = self._capture([s.image for s in [*context, *edit.protect]], edit.latents, progress)
         direction = self._directions(captured, context, settings, edit.protect)  # r x I
         weight = self.generator.conv_layer(self.layer).weight.detach()  # O x I x kh x kw
         lambda_ = -torch.einsum("oiyx,di->odyx", weight.double(), direction.double())  # O x r x kh x kw
@@ -317,6 +327,27 @@ class Rewriter:
         return torch.cat(images) if images else self._no_images(), shown[0, 0]
 
     # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _capture(
+        self,
+        numbers: Iterable[int],
+        latents: Mapping[int, Tensor],
+        progress: Progress | None,
+        done: int = 0,
+        patch: LowRankPatch | None = None,
+    ) -> Captured:
+        """`capture` with a call of progress(done, nan) after each batch, when the generator is as it was.
+
+        patch: in the weights while a batch runs, and off again before that call.
+        """
+        distinct = list(dict.fromkeys(numbers))
+        parts, at_once = [], capture_batch(self.generator)
+        for first in range(0, len(distinct), at_once):
+            with patch.applied(self.generator) if patch else contextlib.nullcontext():
+                parts += self.activations(distinct[first : first + at_once], latents)
+            if progress:
+                progress(done, math.nan)
+        return captured_from(self.layer, distinct, parts)
 
     def _no_images(self) -> Tensor:
         g = self.generator
@@ -453,7 +484,7 @@ class Rewriter:
                 lambda_, shown = result.lambda_, float(result.losses[-1])
         clock.lap("solve")
         patch = self._patch(direction, lambda_, settings)
-        patch.report = self._measure(patch, placed, captured, settings, shown, edits)
+        patch.report = self._measure(patch, placed, captured, settings, shown, edits, progress)
         clock.lap("report")
         patch.report.seconds = clock.seconds
         return patch
@@ -490,10 +521,11 @@ class Rewriter:
         settings: Settings,
         shown: float | None,
         edits: Sequence[Edit],
+        progress: Progress | None,
     ) -> Report:
         """Apply the patch, run the target images through the generator again, compare with the goals, take it off."""
-        with patch.applied(self.generator):
-            after = self.capture(captured.index, {n: w for e in edits for n, w in e.latents.items()})
+        latents = {n: w for e in edits for n, w in e.latents.items()}
+        after = self._capture(captured.index, latents, progress, settings.steps, patch)
         losses = []
         for target in placed:
             row = captured.index[target.image]
@@ -565,26 +597,3 @@ def _numbers(edit: Edit, settings: Settings) -> list[int]:
     _required(edit.object, "object")
     selections = [edit.object, *(s for _, s in _places(edit, settings)), *edit.context]
     return [s.image for s in [*selections, *edit.protect]]
-
-
-def _islands(edit: Edit) -> dict[str, list[int]]:
-    named = [("object mask", edit.object), ("paste mask", edit.paste)]
-    named += [(f"context mask {i}", s) for i, s in enumerate(edit.context)]
-    named += [(f"protect mask {i}", s) for i, s in enumerate(edit.protect)]
-    found = {}
-    for what, selection in named:
-        if selection is not None:
-            image = decode_mask(selection.mask, what)
-            regions = islands(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, -1))
-            if len(regions) > 1:
-                found[what] = regions
-    return found
-
-
-def _join(directions: list[Tensor]) -> Tensor:
-    """Directions of several edits -> an orthonormal basis of their span, r x I."""
-    if len(directions) == 1:
-        return directions[0]
-    stacked = torch.cat(directions).double()  # sum of ranks x I
-    _, s, v = torch.linalg.svd(stacked, full_matrices=False)
-    return v[s > 1e-6 * s[0]].float().contiguous()

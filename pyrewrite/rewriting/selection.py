@@ -17,6 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ..edit import Edit
 from ..errors import EditError
 
 MAX_MASK_BYTES = 16 << 20
@@ -149,6 +150,21 @@ def islands(area: Tensor) -> list[int]:
     for number, (_, start, end) in enumerate(runs):
         sizes[root(number)] = sizes.get(root(number), 0) + end - start
     return sorted(sizes.values(), reverse=True)
+
+
+def edit_islands(edit: Edit) -> dict[str, list[int]]:
+    """Mask -> the sizes of its separate regions, for the masks of a record that have several."""
+    named = [("object mask", edit.object), ("paste mask", edit.paste)]
+    named += [(f"context mask {i}", s) for i, s in enumerate(edit.context)]
+    named += [(f"protect mask {i}", s) for i, s in enumerate(edit.protect)]
+    found = {}
+    for what, selection in named:
+        if selection is not None:
+            image = decode_mask(selection.mask, what)
+            regions = islands(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, -1))
+            if len(regions) > 1:
+                found[what] = regions
+    return found
 
 
 def connected_region(area: Tensor, y: int, x: int) -> Tensor:

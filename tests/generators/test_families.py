@@ -124,6 +124,7 @@ def test_genforce_older_progressive_gan(save):
             layer = f"layer{int(layer[5:]) - 1 + first}" if layer.startswith("layer") else layer
             renamed[f"{layer}.{rest.replace('wscale.b', 'wscale.bias')}"] = tensor
         generator = load_generator(save({**renamed, "lod": torch.zeros(())}))
+        assert (generator.layout, truth.layout) == ("InterFaceGAN", "official")
         assert generator.weights_hash() == truth.weights_hash()
         assert torch.equal(generator(z), truth(z))
 

@@ -17,6 +17,7 @@ from pyrewrite.demo import demo_edits
 from pyrewrite.edit import Selection
 from pyrewrite.interface import Session
 from pyrewrite.interface.document import Mask
+from pyrewrite.interface.hints import edits_before
 from pyrewrite.rewriting import encode_mask
 
 QUICK = {"rank": 3, "steps": 31, "margin": 0}
@@ -201,14 +202,26 @@ def test_snapshot_and_sheet_show_before_and_after(session, client):
 
 
 @pytest.mark.filterwarnings("ignore::pyrewrite.EditWarning")
-def test_the_gallery_holds_edits_of_this_very_generator(session, client):
+def test_the_gallery_holds_edits_of_this_very_generator(session, client, monkeypatch):
     listed = client.get("gallery")[0]["gallery"]
     assert {e["name"] for e in listed} == {"beanie", "hats-off", "sunglasses", "beard", "brimmed-hat"}
     record = next(d for d in demo_edits() if d.name == "beanie").record()
     client.do("gallery", load="beanie")
     assert client.state["settings"]["layer"] == record.layer
     client.do("new")
+    monkeypatch.setattr("pyrewrite.interface.jobs.CAPTURE_BATCH", 4)
+    breathe, breaths = session.breathe, []
+
+    def watched(job=None):
+        breaths.append(job and (job.steps, job.step, job.loss))
+        breathe(job)
+
+    monkeypatch.setattr(session, "breathe", watched)
     number = client.do("gallery", apply="beanie")["edit"]
+    steps = record.resolve().steps
+    captures = -(-len(session.model.rewriter("layer6").images_of(record)) // 4)
+    assert breaths.count((steps, 0, None)) == captures > 2  # others are answered between them,
+    assert breaths.count((steps, steps, breaths[-1][2])) > 1  # and while the report is made
     (edit,) = client.state["edits"]
     assert (edit["id"], edit["name"]) == (number, "a beanie on bald heads")
     assert edit["report"]["loss_after"] < edit["report"]["loss_before"]
@@ -268,6 +281,37 @@ def test_the_hint_ranks_layers_by_what_they_do_elsewhere(session, client, monkey
     client.do("cancel")
     with pytest.raises(Refused, match="cancelled"):
         client.answer(number)
+
+
+def test_the_hint_judges_the_generator_as_it_was_before_the_edit(session, client, monkeypatch):
+    monkeypatch.setattr("pyrewrite.interface.hints.SAMPLES", 4)
+    client.do("set", rank=3, steps=11)
+    compose(client, 3)
+    layers = client.do("hint")["layers"]
+    client.do("execute")
+    kept, asked = bits(settled(session)), []
+    monkeypatch.setattr(session.model, "every_layer", None)
+    client.do("set", layer="layer6")
+    assert client.do("hint")["layers"] == layers  # at once: what was executed has no part in it
+    monkeypatch.undo()
+    monkeypatch.setattr("pyrewrite.interface.hints.SAMPLES", 4)
+    breathe = session.breathe
+
+    def watched(job):
+        asked.append(same_bits(session.model.generator, kept))
+        breathe(job)
+
+    monkeypatch.setattr(session, "breathe", watched)
+    session.hints.clear()
+    assert client.do("hint")["layers"] == layers
+    assert len(asked) > len(session.model.generator.layers)
+    assert all(asked)  # who is answered meanwhile sees the edit
+    assert same_bits(settled(session), kept)
+    client.do("move", dy=9, dx=0)  # another selection: now the edit is part of the generator
+    client.do("paint", box(20, 20, 60, 60), image=0)
+    client.do("copy")
+    assert len(edits_before(session.document)) == 1
+    assert client.do("hint")["layers"] != layers
 
 
 def test_a_saved_record_is_whole_or_as_it_was(session, client, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -446,3 +448,13 @@ def test_matches_that_are_refused_stay_off(session, client):
     client.do("matches", on=True)
     client.settle()
     assert client.state["matches"] == {"on": True, "ready": True}
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.1, 0.4])
+def test_a_script_that_ends_while_the_session_works_ends_quietly(moment):
+    code = (
+        "import time; from pyrewrite import load_generator; from pyrewrite.interface import Session; "
+        f"session = Session(load_generator('peeps'), cache_dir=False); time.sleep({moment})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

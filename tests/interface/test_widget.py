@@ -230,6 +230,29 @@ def test_every_view_hears_and_a_closed_one_does_not(make, peeps):
     assert not one.session.closed
 
 
+def test_what_nobody_sees_is_not_sent(make):
+    """A cell that runs again leaves its old widget behind without a view."""
+    old, new = make(), make()
+    assert old.session is new.session
+    gone, seen = Front(old), Front(new)
+    for view in ("a", "b"):
+        gone.send({"type": "view", "view": view})
+    gone.send({"type": "leave", "view": "a"})
+    seen.send({"type": "view", "view": "c"})
+    seen.ask("do", "strip", text="0-3")
+    assert old.session.settle()
+    assert gone.heard()[-1][0]["strip"]["numbers"] == [0, 1, 2, 3]  # one view is left
+    gone.send({"type": "leave", "view": "b"})
+    count = len(gone.heard())
+    seen.ask("do", "strip", text="0-4")
+    assert old.session.settle()
+    assert len(gone.heard()) == count
+    assert len(old.session._clients) == 1
+    gone.send({"type": "view", "view": "d"})  # back in sight: with what has happened meanwhile
+    assert gone.heard()[count][0]["strip"]["numbers"] == [0, 1, 2, 3, 4]
+    assert gone.ask("get", "files")[0]["type"] == "done"
+
+
 @pytest.mark.parametrize("thing", [3, None, b"peeps", [], np.zeros(3)])
 def test_what_cannot_be_shown(thing):
     with pytest.raises(TypeError, match="expected a session, a generator, or the file or bundled name of one, got"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 import warnings
 
 import numpy as np
@@ -340,6 +342,9 @@ def test_ctrl_c_in_the_middle(rewriters, edit, method):
     calls = []
 
     def progress(done, loss):
+        if done == 0:
+            assert math.isnan(loss)  # nothing but captures yet
+            return
         calls.append((done, loss))
         if len(calls) == 2:
             raise KeyboardInterrupt
@@ -350,6 +355,30 @@ def test_ctrl_c_in_the_middle(rewriters, edit, method):
     assert 0 < calls[0][0] < calls[1][0]
     assert same_bits(rw.generator, kept)
     assert rw.generator.patches is None
+
+
+@pytest.mark.parametrize("end", [None, 0, QUICK["steps"]], ids=["nowhere", "in the captures", "in the report"])
+def test_between_batches_of_images_progress_is_called_with_the_generator_as_it_was(rewriters, edit, monkeypatch, end):
+    monkeypatch.setattr("pyrewrite.rewriting.rewriter.capture_batch", lambda generator: 2)
+    rw = rewriters("peeps", "layer4")
+    kept, unmeasured = bits(rw.generator), []
+
+    def progress(done, loss):
+        if math.isnan(loss):
+            assert same_bits(rw.generator, kept)
+            unmeasured.append(done)
+            if done == end:
+                raise KeyboardInterrupt
+
+    record = edit(128)
+    images = len(rw.images_of(record))
+    assert images > 2
+    with contextlib.nullcontext() if end is None else pytest.raises(KeyboardInterrupt):
+        assert rw.solve(record, progress=progress, **QUICK).report.targets
+    batches = -(-images // 2)
+    complete = [0] * batches + [QUICK["steps"]] * batches
+    assert unmeasured == (complete if end is None else complete[: complete.index(end) + 1])
+    assert same_bits(rw.generator, kept)
 
 
 def test_an_edit_that_does_not_take_warns(rewriters, edit):

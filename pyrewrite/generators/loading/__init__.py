@@ -44,6 +44,7 @@ class Layout:
 # Where two know equally many names of a file, the first is taken: mmgeneration uses some of rosinality's names.
 LAYOUTS = [
     Layout("mmgeneration", "stylegan2", mmgeneration.WHAT, mmgeneration.matching_names, mmgeneration.load),
+    Layout("official", "stylegan2", stylegan2.WHAT, stylegan2.matching_sequential_names, stylegan2.load),
     Layout("rosinality", "stylegan2", stylegan2.WHAT, stylegan2.matching_names, stylegan2.load),
     Layout("NVIDIA", "stylegan2", nvidia.WHAT, nvidia.matching_names, nvidia.load),
     Layout("GenForce", "stylegan2", genforce.STYLEGAN2, genforce.matching_stylegan2_names, genforce.load_stylegan2),
@@ -56,6 +57,13 @@ LAYOUTS = [
     ),
     Layout(
         "NVIDIA", "stylegan3", stylegan3.WHAT, stylegan3.matching_names, lambda weights, seed: stylegan3.load(weights)
+    ),
+    Layout(
+        "InterFaceGAN",
+        "progan",
+        progan.WHAT,
+        progan.matching_interfacegan_names,
+        lambda weights, seed: progan.load(weights),
     ),
     Layout("official", "progan", progan.WHAT, progan.matching_names, lambda weights, seed: progan.load(weights)),
     Layout("GenForce", "progan", genforce.PGGAN, genforce.matching_pggan_names, genforce.load_pggan),
@@ -70,6 +78,7 @@ _FOREIGN = (
     ("final_linear", "a discriminator of StyleGAN2, not a generator"),
     (".fromrgb.", "a discriminator in NVIDIA's layout, not a generator"),
     ("progression.", "a StyleGAN of the first generation, which is not read here"),
+    (".lambda", "a patch, not a generator: `pyrewrite apply` puts it into one"),
 )
 
 
@@ -145,6 +154,7 @@ def load_generator(
                 None takes what the file holds
     seed        for the noise of layers whose noise the file does not hold
     precision   "fp32", "bf16" or "fp16", of the maps of whole images; see Generator.precision
+    device      ValueError for one that this machine or this torch does not have, before the file is read
 
     Raises FileNotFoundError, IsADirectoryError, CheckpointError (not a checkpoint, damaged, wrong names or shapes, NaN;
     always a ValueError that names the file) and ValueError for the other arguments. Nothing is loaded in part, and
@@ -155,6 +165,7 @@ def load_generator(
         raise ValueError(f"family is one of {', '.join(known)} or None, got {family!r}")
     if not math.isfinite(truncation):
         raise ValueError(f"truncation is a finite number, got {truncation}")
+    _require_device(device)
     path = generator_path(path_or_name)
     weights = find_weights(_content(path), str(path))
     layout = _layout(weights)
@@ -171,6 +182,14 @@ def load_generator(
     generator.path, generator.layout = path, layout.name
     generator.truncation, generator.precision = truncation, precision
     return generator.to(device)
+
+
+def _require_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all of them
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from error
 
 
 def _content(path: Path) -> Any:
@@ -191,7 +210,7 @@ def generator_path(path_or_name: str | os.PathLike) -> Path:
     if not path.exists():
         names = ", ".join(BUNDLED)
         raise FileNotFoundError(
-            f"there is no file {str(path)!r}, and no bundled generator of that name (there are {names})"
+            f"there is no file {str(path_or_name)!r}, and no bundled generator of that name (there are {names})"
         )
     return path
 

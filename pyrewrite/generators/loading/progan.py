@@ -20,6 +20,11 @@ def matching_names(tensors: dict[str, Tensor]) -> int:
     return sum(bool(_NAMES.match(name)) for name in tensors)
 
 
+def matching_interfacegan_names(tensors: dict[str, Tensor]) -> int:
+    """The same of a file whose biases have InterFaceGAN's names; 0 for one with the official tool's."""
+    return matching_names(tensors) if any(name.endswith(".wscale.bias") for name in tensors) else 0
+
+
 def load(weights: Weights) -> ProGAN:
     """Build the generator that the weights describe. Raises CheckpointMismatchError or NonFiniteWeightsError."""
     _number_from_one(weights)

@@ -24,6 +24,7 @@ WHAT = "StyleGAN2 generator"
 _NAMES = re.compile(
     r"(style|convs|to_rgbs|noises|conv1|to_rgb\d+|up_rgb\d+|input|latents)\.|layer\d+\.s?conv\.(mconv|noise|activate)\."
 )
+_SEQUENTIAL = re.compile(r"layer\d+\.s?conv\.mconv\.")
 _MEAN_NAMES = (
     "latent_avg",
     "latents.latent_avg",
@@ -41,6 +42,11 @@ _MEAN_NAMES = (
 def matching_names(tensors: dict[str, Tensor]) -> int:
     """How many of the names are those of this family."""
     return sum(bool(_NAMES.match(name)) for name in tensors)
+
+
+def matching_sequential_names(tensors: dict[str, Tensor]) -> int:
+    """The same of a file with the official tool's names; 0 for one with rosinality's."""
+    return matching_names(tensors) if any(_SEQUENTIAL.match(name) for name in tensors) else 0
 
 
 def rosinality_name(name: str) -> str:

@@ -61,24 +61,33 @@ export function socketConnection(address) {
   };
 }
 
-/** A notebook's comm: custom messages of the widget's model. */
+/** A notebook's comm: custom messages of the widget's model. It says when this view comes and goes: what nobody sees
+    is not sent. */
 export function modelConnection(model) {
   let receive = () => {};
+  const view = crypto.getRandomValues(new Uint32Array(2)).join("-");
+  const say = (message, buffers = []) => {
+    try {
+      model.send(message, undefined, buffers);
+    } catch {
+      // No kernel behind a saved notebook. Where a host is silent about it, too, the missing answer tells.
+    }
+  };
   const listen = (message, buffers) =>
     receive(message, (buffers ?? []).map((b) => new Uint8Array(b.buffer ?? b, b.byteOffset ?? 0, b.byteLength)));
   model.on("msg:custom", listen);
+  say({ type: "view", view });
   return {
     kind: "widget",
     send(message, buffers = []) {
-      try {
-        model.send(message, undefined, buffers.map((b) => b.slice().buffer));
-      } catch {
-        // No kernel behind a saved notebook. Where a host is silent about it, too, the missing answer tells.
-      }
+      say(message, buffers.map((b) => b.slice().buffer));
       return true;
     },
     onMessage: (fn) => (receive = fn),
     onStatus: (fn) => setTimeout(() => fn("open"), 0),
-    close: () => model.off("msg:custom", listen),
+    close() {
+      model.off("msg:custom", listen);
+      say({ type: "leave", view });
+    },
   };
 }
