@@ -40,6 +40,25 @@ Status cuda_status(cudaError_t error, const char* what, int device);
 // that another thread is about to make.
 cudaError_t allow_shared_memory(const void* kernel);
 
+// Whether the current device runs this kernel as it was meant, given that it has shared memory of its own then: in code
+// for GPUs that lack what it needs, which newer ones run as well where the build has nothing better, it is empty.
+bool has_code(const void* kernel);
+
+// A launch in clusters of `size` blocks.
+struct ClusterLaunch {
+  cudaLaunchAttribute shape{};
+  cudaLaunchConfig_t config{};
+
+  ClusterLaunch(int size, dim3 blocks, int threads, int shared_bytes, cudaStream_t stream);
+  ClusterLaunch(const ClusterLaunch&) = delete;  // config points to shape
+  ClusterLaunch& operator=(const ClusterLaunch&) = delete;
+};
+
+// How many clusters of a kernel the current device can hold at once, nothing else running: 0 where not even one finds
+// blocks enough in one part of the chip. Asked once for a device, so that every call finds the same answer. Many where
+// the question fails, since the launch then fails as well, and tells why.
+int clusters_at_once(const void* kernel, int size, int threads, int shared_bytes);
+
 // Waits for the stream, whatever became of the launches before: when it returns, nothing of them runs any more, so that
 // memory may be freed. The status of the launches, or, where they were fine, that of waiting.
 Status waited_for(const Status& launched, cudaStream_t stream, const char* what, int device);

@@ -38,6 +38,7 @@ struct MomentKernel {
   cudaError_t (*reduce)(const MomentLaunch&);   // their sums, added to the moment
   bool scaled = false;                          // needs peaks
   const sm90::Costs* costs = nullptr;           // copies boxes, which do not cross images, and has a ClusterPlan
+  int (*pairs_at_once)() = nullptr;             // clusters of two that the current device holds; likewise
 };
 
 // float32 arithmetic of the ordinary units; any GPU. tile: 64 or 128.

@@ -39,7 +39,10 @@ def counted(tmp_path):
         """What the only launch did."""
         report = tmp_path / "report"
         report.unlink(missing_ok=True)
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("EMU_")}  # no other checks
+        # The device stays, other checks do not.
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith("EMU_") or name == "EMU_DEVICE"
+        }
         env = {**kept, "EMU_COUNTERS": "1", "EMU_REPORT": str(report)}
         command = [sys.executable, "-c", RUN, *map(str, arguments)]
         subprocess.run(command, check=True, env=env, capture_output=True, timeout=120)

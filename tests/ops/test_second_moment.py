@@ -251,8 +251,8 @@ def test_tf32(layout, impl, on_device):
     assert torch.equal(result, result.T)
     error = (result - truth).norm() / truth.norm()
     assert error < 3e-5  # the rounding of the factors, to nearest: much of it averages out
-    if impl == "cuda":
-        assert error > 1e-6  # or it was not TF32
+    if impl == "cuda" and _library.cuda_report()["devices"][0]["capability"] >= (8, 0):
+        assert error > 1e-6  # or it was not TF32, which older GPUs do not have
 
 
 @pytest.mark.parametrize("impl", CUDA)
