@@ -7,6 +7,7 @@
 // additions, and those to pairs of floats in the workspace after some thousands.
 #pragma once
 
+#include "common/device.h"
 #include "second_moment/sm90_halves.cuh"
 
 namespace pyrewrite::sm90 {
