@@ -40,9 +40,13 @@ Status cuda_status(cudaError_t error, const char* what, int device);
 // that another thread is about to make.
 cudaError_t allow_shared_memory(const void* kernel);
 
-// Whether the current device runs this kernel as it was meant, given that it has shared memory of its own then: in code
-// for GPUs that lack what it needs, which newer ones run as well where the build has nothing better, it is empty.
-bool has_code(const void* kernel);
+// Which of this build's code the current device runs: 80 was compiled for 8.0. A newer device runs code for an older
+// one where the build has nothing better, and kernels that need more are empty there. own: 90a, with what only 9.0 has.
+struct Code {
+  int architecture = 0;
+  bool own = false;
+};
+cudaError_t code_here(Code* code);
 
 // A launch in clusters of `size` blocks.
 struct ClusterLaunch {

@@ -503,8 +503,6 @@ auto kernel_for(int channels) { return channels == 32 ? cluster_kernel<2> : clus
 
 }  // namespace
 
-bool clusters_are_built() { return has_code(reinterpret_cast<const void*>(kernel_for(32))); }
-
 bool cluster_has_room(int channels, int shared_bytes) {
   const void* kernel = reinterpret_cast<const void*>(kernel_for(channels));
   return clusters_at_once(kernel, T::kBlocks, T::kThreads, shared_bytes) > 0;

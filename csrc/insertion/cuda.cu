@@ -102,9 +102,9 @@ bool same_shape(const InsertionProblem& p, const InsertionProblem& q) {
 }
 
 cudaError_t describe(int device, InsertionDevice* found) {
-  int major = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  found->clusters = major >= 9 && clusters_are_built();
+  Code code;
+  cudaError_t error = code_here(&code);
+  found->clusters = code.architecture >= 90;
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&found->multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)

@@ -40,7 +40,7 @@ struct InsertionProblem {
   InsertionArrays edits[kMostEdits];
 };
 
-// The current device. clusters: it has them, and the build has code for them.
+// The current device. clusters: it has them, and runs code for them.
 struct InsertionDevice {
   int multiprocessors, shared_bytes;
   bool clusters;
@@ -69,7 +69,6 @@ InsertionPlan plan_unfolded(const InsertionProblem& p, const InsertionDevice& de
 cudaError_t launch_unfolded(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream);
 
 // Several targets or many directions, likewise.
-bool clusters_are_built();
 bool cluster_has_room(int channels, int shared_bytes);
 InsertionPlan plan_cluster(const InsertionProblem& p, const InsertionDevice& device);
 cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream);

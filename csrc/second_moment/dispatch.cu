@@ -23,7 +23,7 @@ struct Choice {
 
 struct Gpu {
   int major = 0, minor = 0, multiprocessors = 0, shared_bytes = 0;  // of a multiprocessor
-  bool sm90 = false;
+  bool sm80 = false, sm90 = false;                                  // it runs code for these
 };
 
 Status look_up(int device, MomentFamily family, Gpu* gpu) {
@@ -33,15 +33,18 @@ Status look_up(int device, MomentFamily family, Gpu* gpu) {
     error = cudaDeviceGetAttribute(&gpu->multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&gpu->shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  Code code;
+  if (error == cudaSuccess) error = code_here(&code);
   if (error != cudaSuccess) return cuda_status(error, "asking for the properties", device);
-  gpu->sm90 = gpu->major == 9 && gpu->minor == 0 && sm90_is_built();
+  gpu->sm80 = code.architecture >= 80;
+  gpu->sm90 = code.own;  // no other GPU runs it
   if (family == MomentFamily::sm90)
     return Status::error(Status::kUnsupported, "second moment: the kernels for 9.0 are taken by rule, not by name");
-  if (family == MomentFamily::sm80 && gpu->major < 8)
+  if (family == MomentFamily::sm80 && !gpu->sm80)
     return Status::error(Status::kUnsupported,
                          "second moment: the kernels for compute capability 8.0 were asked for, "
-                         "GPU %d has %d.%d",
-                         device, gpu->major, gpu->minor);
+                         "GPU %d has %d.%d and runs code for %d.%d",
+                         device, gpu->major, gpu->minor, code.architecture / 10, code.architecture % 10);
   return {};
 }
 
@@ -66,7 +69,8 @@ MomentFamily by_rule(int major, int minor, bool sm90, DType dtype, Precision pre
 
 const MomentKernel& kernel_for(const SecondMomentParams& p, Precision precision, MomentFamily family, const Gpu& gpu) {
   if (family == MomentFamily::by_rule)
-    family = by_rule(gpu.major, gpu.minor, sm90_takes(p, precision, gpu), p.dtype, precision);
+    family = !gpu.sm80 ? MomentFamily::simt
+                       : by_rule(gpu.major, gpu.minor, sm90_takes(p, precision, gpu), p.dtype, precision);
   if (family == MomentFamily::sm90) return sm90_kernel(p.dtype, precision);
   const int tile = tile_for(p.d);
   if (family == MomentFamily::simt) return simt_kernel(tile, p.dtype);

@@ -46,9 +46,8 @@ const MomentKernel& simt_kernel(int tile, DType dtype);
 // Tensor cores from compute capability 8.0 on.
 const MomentKernel& sm80_float32_kernel(int tile, Precision precision);
 const MomentKernel& sm80_16bit_kernel(int tile, DType dtype);
-// Tensor cores of 9.0a, and whether this build has code for them that the current device can run.
+// Tensor cores of 9.0a.
 const MomentKernel& sm90_float32_kernel(Precision precision);
 const MomentKernel& sm90_16bit_kernel(DType dtype);
-bool sm90_is_built();
 
 }  // namespace pyrewrite

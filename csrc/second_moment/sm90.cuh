@@ -71,7 +71,7 @@ __device__ __forceinline__ void watch(BoxRing<Boxes> ring, int count, const Rele
   }
 }
 
-// Without code for 9.0a the kernel is empty and has no shared memory of its own, which is_built sees.
+// Empty in code for other architectures than 90a (see code_here).
 template <typename Input, typename Mma, bool kByRow>
 __global__ void __launch_bounds__(Input::kThreads, 1)
     sm90_moment(const __grid_constant__ CUtensorMap map, const __grid_constant__ Arguments args) {

@@ -7,6 +7,4 @@ const MomentKernel& sm90_16bit_kernel(DType dtype) {
   return dtype == DType::float16 ? sm90::kSm90<sm90::Boxes, Fp16> : sm90::kSm90<sm90::Boxes, Bf16>;
 }
 
-bool sm90_is_built() { return has_code(reinterpret_cast<const void*>(sm90::sm90_moment<sm90::Boxes, Bf16, true>)); }
-
 }  // namespace pyrewrite
