@@ -56,7 +56,7 @@ EXPECTED = [
     (r"unfolded_kernel", [r"HMMA\.16816\.F32", r"HMMA\.1688\.F32", r"LDSM\..*", r"LDS\.128", r"STAS", r"F2FP\..*"]),
     (r"general_kernel", [r"FFMA"]),
     (r"cluster_maps_kernel", [r"LDG\.E.*"]),
-    (r"loss_kernel|schedule_kernel|empty_kernel", []),
+    (r"loss_kernel|schedule_kernel|empty_kernel|telling_kernel", []),
 ]
 # Copies element by element keep an address in local memory, outside the products; ptxas does not call it a spill.
 LOCAL_MEMORY = r"sm80_moment.*AccessE2E"

@@ -28,8 +28,8 @@ def launches(tmp_path: Path) -> Callable[..., list[dict]]:
     def run(script: str, *arguments: object) -> list[dict]:
         report = tmp_path / "report"
         report.unlink(missing_ok=True)
-        # What a run around this one asks of the runtime (checks, models of arithmetic) is not asked here.
-        env = {name: value for name, value in os.environ.items() if not name.startswith("EMU_")}
+        # What a run around this one asks of the runtime (checks, models of arithmetic) is not asked here, only its device.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("EMU_") or name == "EMU_DEVICE"}
         env |= {"EMU_COUNTERS": "1", "EMU_REPORT": str(report)}
         command = [sys.executable, "-c", script, *map(str, arguments)]
         subprocess.run(command, check=True, env=env, capture_output=True, timeout=120)

@@ -360,7 +360,6 @@ CURVES = [
         (CURVES[0], 101),
         pytest.param(CURVES[0], 301, marks=pytest.mark.slow),
         *((curve, 301) for curve in CURVES[1:]),
-        *(pytest.param(curve, 2001, marks=pytest.mark.slow) for curve in CURVES[1:]),
     ],
     ids=str,
 )
