@@ -56,7 +56,7 @@ EXPECTED = [
     (r"unfolded_kernel", [r"HMMA\.16816\.F32", r"HMMA\.1688\.F32", r"LDSM\..*", r"LDS\.128", r"STAS", r"F2FP\..*"]),
     (r"general_kernel", [r"FFMA"]),
     (r"cluster_maps_kernel", [r"LDG\.E.*"]),
-    (r"loss_kernel|schedule_kernel|empty_kernel|telling_kernel", []),
+    (r"loss_kernel|schedule_kernel|unit_kernel|telling_kernel", []),
 ]
 # Copies element by element keep an address in local memory, outside the products; ptxas does not call it a spill.
 LOCAL_MEMORY = r"sm80_moment.*AccessE2E"
@@ -84,16 +84,30 @@ def expected_of(kernel: str) -> list[str]:
     return found
 
 
-@pytest.mark.skipif(not ARCHITECTURES, reason="the binary holds no machine code of a GPU")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_register_is_spilled(architecture):
-    report = output(tool("cuobjdump"), "--dump-resource-usage", "-arch", f"sm_{architecture}", _C.__file__)
-    kernels = re.findall(r"Function (\S+):\n\s+REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
-    assert kernels
-    for name, stack, local in kernels:
+@pytest.fixture(params=ARCHITECTURES or [pytest.param("", marks=pytest.mark.skip("the binary holds no machine code"))])
+def resources(request) -> tuple[str, dict[str, dict[str, int]]]:
+    """An architecture, and what each of its kernels takes: REG, STACK, SHARED, LOCAL (bytes but for the first)."""
+    report = output(tool("cuobjdump"), "--dump-resource-usage", "-arch", f"sm_{request.param}", _C.__file__)
+    found = re.findall(r"Function (\S+):\n(.*)", report)
+    assert found
+    return request.param, {name: {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)} for name, line in found}
+
+
+def test_no_register_is_spilled(resources):
+    for name, takes in resources[1].items():
         expected_of(name)
-        assert int(stack) <= (8 if re.search(LOCAL_MEMORY, name) else 0), name
-        assert local == "0", name
+        assert takes["STACK"] <= (8 if re.search(LOCAL_MEMORY, name) else 0), name
+        assert takes["LOCAL"] == 0, name
+
+
+def test_the_code_tells_what_it_was_compiled_for(resources):
+    """`code_here` reads it from the shared memory of two kernels, less what the system reserves in both."""
+    architecture, kernels = resources
+    telling, unit = (
+        [t["SHARED"] for name, t in kernels.items() if kind in name] for kind in ("telling_kernel", "unit_kernel")
+    )
+    own = architecture.endswith("a")
+    assert (telling[0] - unit[0]) / 128 == 2 * int(architecture.rstrip("a")) + own
 
 
 def instructions(listing: str) -> dict[str, Counter]:

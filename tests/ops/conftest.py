@@ -28,7 +28,7 @@ def launches(tmp_path: Path) -> Callable[..., list[dict]]:
     def run(script: str, *arguments: object) -> list[dict]:
         report = tmp_path / "report"
         report.unlink(missing_ok=True)
-        # What a run around this one asks of the runtime (checks, models of arithmetic) is not asked here, only its device.
+        # Whatever a run around this one asks of the runtime (checks, models of arithmetic), only the device stays.
         env = {name: value for name, value in os.environ.items() if not name.startswith("EMU_") or name == "EMU_DEVICE"}
         env |= {"EMU_COUNTERS": "1", "EMU_REPORT": str(report)}
         command = [sys.executable, "-c", script, *map(str, arguments)]
