@@ -32,8 +32,8 @@ def main() -> None:
         built = ", ".join(f"{name} {value}" for name, value in module.build_info().items())
         print(f"pyrewrite._C {module.version()}: {built}")
         print(f"processor kernels: {module.cpu_isa()}")
-        if module.build_info()["cuda"]:
-            print(f"second_moment_ on a GPU of {moment_families(module)}")
+        if families := moment_families(module):  # none without CUDA, or with nothing but PTX
+            print(f"second_moment_ on a GPU of {families}")
     report = cuda_report()
     if report["problem"]:
         print(f"CUDA kernels cannot run: {report['problem']}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._files import write_atomically
+from ._finite import all_finite
 from .errors import EditError
 
 if TYPE_CHECKING:
@@ -384,7 +385,7 @@ def read_latent(data: bytes, what: str = "latent") -> Tensor:
     if count * dtype.itemsize != len(body):  # before anything is allocated: the header may claim any size
         raise EditError(f"{what}: the .npy file holds {len(body)} bytes; its header says {count} x {dtype.itemsize}")
     values = torch.from_numpy(np.frombuffer(body, dtype).astype(np.float32).reshape(shape))
-    if not torch.isfinite(values).all():
+    if not all_finite(values):
         raise EditError(f"{what}: the numbers are not finite")
     return values
 

@@ -1,5 +1,5 @@
-"""What the compiler makes of the CUDA kernels: no register spilled to memory, and the instructions they were written
-for. It needs nvcc, and for the instructions nvdisasm (from the CUDA toolkit or `pip install nvidia-cuda-nvdisasm`), but
+"""What the compiler made of the CUDA kernels in the built binary: no register spilled to memory, and the instructions
+they were written for. It needs cuobjdump and nvdisasm (from the CUDA toolkit, or as the `test` extra brings them), but
 no GPU.
 """
 
@@ -14,8 +14,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob("*/*.cu"))
+from pyrewrite import _C
+
+# Machine code in the binary, such as 90a.
+ARCHITECTURES = [
+    name.removesuffix("-real")
+    for name in _C.build_info().get("cuda_architectures", "").split()
+    if not name.endswith("-virtual")
+]
 
 # Kernels by a pattern of their mangled name: instructions that each must hold, as patterns of whole names. The first
 # line that fits counts, and every kernel fits one.
@@ -50,51 +56,58 @@ EXPECTED = [
     (r"unfolded_kernel", [r"HMMA\.16816\.F32", r"HMMA\.1688\.F32", r"LDSM\..*", r"LDS\.128", r"STAS", r"F2FP\..*"]),
     (r"general_kernel", [r"FFMA"]),
     (r"cluster_maps_kernel", [r"LDG\.E.*"]),
-    (r"loss_kernel|schedule_kernel|empty_kernel", []),
+    (r"loss_kernel|schedule_kernel|unit_kernel|telling_kernel", []),
 ]
-# Copies element by element keep a few addresses in local memory, outside the products; ptxas calls none of it a spill.
+# Copies element by element keep an address in local memory, outside the products; ptxas does not call it a spill.
 LOCAL_MEMORY = r"sm80_moment.*AccessE2E"
 
 
-def nvdisasm() -> str | None:
+def tool(name: str) -> str:
+    """The path of a binary tool of the CUDA toolkit: a wheel's, or the toolkit's."""
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        for found in Path(folder).glob("*/bin/nvdisasm"):
+        for found in Path(folder).glob(f"*/bin/{name}"):
             return str(found)
-    return shutil.which("nvdisasm")
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"there is no {name} (pip install nvidia-cuda-{name})")
+    return found
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Compiles a source once for an architecture: the object's path and the assembler's report."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("there is no nvcc")
-    folder, done = tmp_path_factory.mktemp("cubin"), {}
-
-    def compile_(source: str, architecture: str) -> tuple[Path, str]:
-        if (source, architecture) not in done:
-            cubin = folder / f"{source.replace('/', '-')}-{architecture}.cubin"
-            command = ["nvcc", "-std=c++17", "-O3", "-DPYREWRITE_HAS_CUDA=1", "-I", str(ROOT / "csrc")]
-            command += [f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", "-o", str(cubin), str(ROOT / source)]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=170)
-            assert result.returncode == 0, result.stderr
-            done[source, architecture] = cubin, result.stderr
-        return done[source, architecture]
-
-    return compile_
+def output(*command: str | Path, cwd: Path | None = None) -> str:
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True, cwd=cwd).stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
-@pytest.mark.parametrize("source", SOURCES)
-def test_no_register_is_spilled(source, architecture, compiled):
-    _, report = compiled(source, architecture)
-    kernels = report.count("Compiling entry function")
-    stores = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
-    loads = [int(n) for n in re.findall(r"(\d+) bytes spill loads", report)]
-    assert len(stores) == len(loads) >= kernels
-    assert sum(stores) == sum(loads) == 0, report
-    assert "__global__" not in (ROOT / source).read_text() or kernels
+def expected_of(kernel: str) -> list[str]:
+    found = next((wanted for pattern, wanted in EXPECTED if re.search(pattern, kernel)), None)
+    assert found is not None, f"{kernel} stands in no line of EXPECTED"
+    return found
+
+
+@pytest.fixture(params=ARCHITECTURES or [pytest.param("", marks=pytest.mark.skip("the binary holds no machine code"))])
+def resources(request) -> tuple[str, dict[str, dict[str, int]]]:
+    """An architecture, and what each of its kernels takes: REG, STACK, SHARED, LOCAL (bytes but for the first)."""
+    report = output(tool("cuobjdump"), "--dump-resource-usage", "-arch", f"sm_{request.param}", _C.__file__)
+    found = re.findall(r"Function (\S+):\n(.*)", report)
+    assert found
+    return request.param, {name: {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)} for name, line in found}
+
+
+def test_no_register_is_spilled(resources):
+    for name, takes in resources[1].items():
+        expected_of(name)
+        assert takes["STACK"] <= (8 if re.search(LOCAL_MEMORY, name) else 0), name
+        assert takes["LOCAL"] == 0, name
+
+
+def test_the_code_tells_what_it_was_compiled_for(resources):
+    """`code_here` reads it from the shared memory of two kernels, less what the system reserves in both."""
+    architecture, kernels = resources
+    telling, unit = (
+        [t["SHARED"] for name, t in kernels.items() if kind in name] for kind in ("telling_kernel", "unit_kernel")
+    )
+    own = architecture.endswith("a")
+    assert (telling[0] - unit[0]) / 128 == 2 * int(architecture.rstrip("a")) + own
 
 
 def instructions(listing: str) -> dict[str, Counter]:
@@ -109,18 +122,16 @@ def instructions(listing: str) -> dict[str, Counter]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(nvdisasm() is None, reason="there is no nvdisasm (pip install nvidia-cuda-nvdisasm)")
-@pytest.mark.parametrize("source", SOURCES)
-def test_instructions(source, compiled):
-    cubin, report = compiled(source, "90a")
-    listing = subprocess.run([nvdisasm(), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-    kernels = instructions(listing)
-    assert len(kernels) >= report.count("Compiling entry function")
+@pytest.mark.skipif("90a" not in ARCHITECTURES, reason="the binary holds no machine code for 9.0a")
+def test_instructions(tmp_path):
+    output(tool("cuobjdump"), "-arch", "sm_90a", "-xelf", "all", _C.__file__, cwd=tmp_path)
+    kernels: dict[str, Counter] = {}
+    for cubin in tmp_path.iterdir():
+        kernels |= instructions(output(tool("nvdisasm"), "-c", cubin))
+    for pattern, _ in EXPECTED:
+        assert [name for name in kernels if re.search(pattern, name)], f"no kernel is {pattern}"
     for name, counts in kernels.items():
-        expected = next((wanted for pattern, wanted in EXPECTED if re.search(pattern, name)), None)
-        assert expected is not None, f"{name} stands in no line of EXPECTED"
-        for pattern in expected:
+        for pattern in expected_of(name):
             assert any(re.fullmatch(pattern, one) for one in counts), f"{name} has no {pattern}: {sorted(counts)}"
         if not re.search(LOCAL_MEMORY, name):
             assert not [one for one in counts if one.startswith(("LDL", "STL"))], name

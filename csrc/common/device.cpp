@@ -2,6 +2,10 @@
 
 #ifdef PYREWRITE_HAS_CUDA
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
 namespace pyrewrite {
 
 CudaReport cuda_report() {
@@ -63,6 +67,43 @@ cudaError_t allow_shared_memory(const void* kernel) {
   most -= static_cast<int>(attributes.sharedSizeBytes);
   if (attributes.maxDynamicSharedSizeBytes >= most) return cudaSuccess;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
+ClusterLaunch::ClusterLaunch(int size, dim3 blocks, int threads, int shared_bytes, cudaStream_t stream) {
+  shape.id = cudaLaunchAttributeClusterDimension;
+  shape.val.clusterDim.x = size;
+  shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
+  config.gridDim = blocks;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &shape;
+  config.numAttrs = 1;
+}
+
+int clusters_at_once(const void* kernel, int size, int threads, int shared_bytes) {
+  constexpr int kMany = 1 << 20;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) {
+    (void)cudaGetLastError();
+    return kMany;
+  }
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int, int, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto asked = std::make_tuple(device, kernel, size, threads, shared_bytes);
+  const auto found = known.find(asked);
+  if (found != known.end()) return found->second;
+  const ClusterLaunch launch(size, dim3(size), threads, shared_bytes, nullptr);
+  int count = 0;
+  cudaError_t error = allow_shared_memory(kernel);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config);
+  if (error != cudaSuccess) {
+    (void)cudaGetLastError();
+    return kMany;
+  }
+  known[asked] = count;
+  return count;
 }
 
 Status waited_for(const Status& launched, cudaStream_t stream, const char* what, int device) {

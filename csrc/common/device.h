@@ -40,6 +40,29 @@ Status cuda_status(cudaError_t error, const char* what, int device);
 // that another thread is about to make.
 cudaError_t allow_shared_memory(const void* kernel);
 
+// Which of this build's code the current device runs: 80 was compiled for 8.0. A newer device runs code for an older
+// one where the build has nothing better, and kernels that need more are empty there. own: 90a, with what only 9.0 has.
+struct Code {
+  int architecture = 0;
+  bool own = false;
+};
+cudaError_t code_here(Code* code);
+
+// A launch in clusters of `size` blocks.
+struct ClusterLaunch {
+  cudaLaunchAttribute shape{};
+  cudaLaunchConfig_t config{};
+
+  ClusterLaunch(int size, dim3 blocks, int threads, int shared_bytes, cudaStream_t stream);
+  ClusterLaunch(const ClusterLaunch&) = delete;  // config points to shape
+  ClusterLaunch& operator=(const ClusterLaunch&) = delete;
+};
+
+// How many clusters of a kernel the current device can hold at once, nothing else running: 0 where not even one finds
+// blocks enough in one part of the chip. Asked once for a device, so that every call finds the same answer. Many where
+// the question fails, since the launch then fails as well, and tells why.
+int clusters_at_once(const void* kernel, int size, int threads, int shared_bytes);
+
 // Waits for the stream, whatever became of the launches before: when it returns, nothing of them runs any more, so that
 // memory may be freed. The status of the launches, or, where they were fine, that of waiting.
 Status waited_for(const Status& launched, cudaStream_t stream, const char* what, int device);

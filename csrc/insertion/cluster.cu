@@ -499,15 +499,21 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 #endif
 }
 
+auto kernel_for(int channels) { return channels == 32 ? cluster_kernel<2> : cluster_kernel<1>; }
+
 }  // namespace
 
+bool cluster_has_room(int channels, int shared_bytes) {
+  const void* kernel = reinterpret_cast<const void*>(kernel_for(channels));
+  return clusters_at_once(kernel, T::kBlocks, T::kThreads, shared_bytes) > 0;
+}
+
 cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream) {
-  const auto kernel = plan.channels_per_block == 32 ? cluster_kernel<2> : cluster_kernel<1>;
   int piece = 0;
   const ClusterLayout at = common_layout(p, plan.channels_per_block, plan.shared_bytes, &piece);
   const cudaError_t packed = launch_cluster_maps(p, at, edits, stream);
   if (packed != cudaSuccess) return packed;
-  return launch_in_clusters(kernel, T::kBlocks, T::kThreads, p, plan, at, edits, stream);
+  return launch_in_clusters(kernel_for(plan.channels_per_block), T::kBlocks, T::kThreads, p, plan, at, edits, stream);
 }
 
 }  // namespace pyrewrite

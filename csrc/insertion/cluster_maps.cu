@@ -141,15 +141,15 @@ ClusterLayout common_layout(const InsertionProblem& p, int channels, std::int64_
   return at;
 }
 
-// A GPU with clusters, a rank up to 64, and a map of at least one group of pixels that fits a block's shared memory. As
-// many channels a cluster as leave each warp a group of every piece; else as few as there are.
+// A GPU with clusters and room for one, a rank up to 64, and a map of at least one group of pixels that fits a block's
+// shared memory. As many channels a cluster as leave each warp a group of every piece; else as few as there are.
 InsertionPlan plan_cluster(const InsertionProblem& p, const InsertionDevice& device) {
   InsertionPlan plan{};
-  if (device.major < 9 || p.rank > T::kMostRank) return plan;
+  if (!device.clusters || p.rank > T::kMostRank) return plan;
   for (const int channels : T::kChannels) {
     int piece = 0;
     const ClusterLayout at = common_layout(p, channels, room_in(device), &piece);
-    if (at.size == 0) continue;
+    if (at.size == 0 || !cluster_has_room(channels, static_cast<int>(at.size))) continue;
     plan.blocks = plan.loss_rows = (p.channels + channels - 1) / channels * T::kBlocks;
     plan.channels_per_block = channels;
     plan.shared_bytes = static_cast<int>(at.size);

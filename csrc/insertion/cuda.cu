@@ -102,7 +102,9 @@ bool same_shape(const InsertionProblem& p, const InsertionProblem& q) {
 }
 
 cudaError_t describe(int device, InsertionDevice* found) {
-  cudaError_t error = cudaDeviceGetAttribute(&found->major, cudaDevAttrComputeCapabilityMajor, device);
+  Code code;
+  cudaError_t error = code_here(&code);
+  found->clusters = code.architecture >= 90;
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&found->multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
@@ -150,7 +152,7 @@ struct Group {
 
 std::size_t schedule_bytes(const InsertionParams& p) { return Group::aligned(sizeof(AdamStep) * p.count); }
 
-// Checks the edits and sorts them into launches.
+// Checks the edits and sorts them into launches. device: the current one.
 Status make_groups(const InsertionParams* edits, int count, int device, std::vector<Group>* groups) {
   InsertionDevice found{};
   const cudaError_t error = describe(device, &found);
@@ -192,6 +194,8 @@ cudaError_t launch(const Group& group, cudaStream_t stream) {
 
 Status insertion_workspace(const InsertionParams* edits, int count, int device, std::size_t* bytes) {
   *bytes = 0;
+  const DeviceGuard guard(device);  // which kernels are built and have room is asked of the current device
+  if (guard.error() != cudaSuccess) return cuda_status(guard.error(), "choosing the device", device);
   std::vector<Group> groups;
   const Status status = make_groups(edits, count, device, &groups);
   if (!status.ok() || groups.empty()) return status;

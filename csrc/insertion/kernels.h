@@ -40,8 +40,10 @@ struct InsertionProblem {
   InsertionArrays edits[kMostEdits];
 };
 
+// The current device. clusters: it has them, and runs code for them.
 struct InsertionDevice {
-  int major, multiprocessors, shared_bytes;
+  int multiprocessors, shared_bytes;
+  bool clusters;
 };
 
 // How a kernel would run a problem on a device.
@@ -62,11 +64,12 @@ cudaError_t launch_general(const InsertionProblem& p, const InsertionPlan& plan,
 InsertionPlan plan_resident(const InsertionProblem& p, const InsertionDevice& device);
 cudaError_t launch_resident(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream);
 
-// One larger target, one direction, on a GPU with clusters.
+// One larger target, one direction, on a GPU with clusters and room for one.
 InsertionPlan plan_unfolded(const InsertionProblem& p, const InsertionDevice& device);
 cudaError_t launch_unfolded(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream);
 
-// Several targets or many directions, on a GPU with clusters.
+// Several targets or many directions, likewise.
+bool cluster_has_room(int channels, int shared_bytes);
 InsertionPlan plan_cluster(const InsertionProblem& p, const InsertionDevice& device);
 cudaError_t launch_cluster(const InsertionProblem& p, const InsertionPlan& plan, int edits, cudaStream_t stream);
 
@@ -121,18 +124,8 @@ cudaError_t launch_in_clusters(void (*kernel)(InsertionProblem, Layout), int siz
                                cudaStream_t stream) {
   const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel));
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute shape{};
-  shape.id = cudaLaunchAttributeClusterDimension;
-  shape.val.clusterDim.x = size;
-  shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(plan.blocks, edits);
-  config.blockDim = threads;
-  config.dynamicSmemBytes = plan.shared_bytes;
-  config.stream = stream;
-  config.attrs = &shape;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, p, at);
+  const ClusterLaunch clusters(size, dim3(plan.blocks, edits), threads, plan.shared_bytes, stream);
+  return cudaLaunchKernelEx(&clusters.config, kernel, p, at);
 }
 
 }  // namespace

@@ -507,15 +507,17 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 
 }  // namespace
 
-// A GPU with clusters, one target, one direction, at most nine taps, enough pixels to be worth four blocks, enough
-// channels to fill the multiprocessors, and an activation whose slopes are as whole numbers.
+// A GPU with clusters and room for one, one target, one direction, at most nine taps, enough pixels to be worth four
+// blocks, enough channels to fill the multiprocessors, and an activation whose slopes are as whole numbers.
 InsertionPlan plan_unfolded(const InsertionProblem& p, const InsertionDevice& device) {
-  if (device.major < 9 || p.targets != 1 || p.rank != 1 || p.taps > T::kMostTaps) return {};
+  if (!device.clusters || p.targets != 1 || p.rank != 1 || p.taps > T::kMostTaps) return {};
   if (p.pixels < T::kFewestPixels || p.pixels > T::kMostPixels) return {};
   Layout at = layout_of(p.pixels);
   if (at.size > device.shared_bytes || !whole_slopes(p, &at)) return {};
   // With fewer channels, smaller shares of them for each block leave less to do a step.
   if ((p.channels + 1) / 2 <= device.multiprocessors) return {};
+  if (clusters_at_once(reinterpret_cast<const void*>(unfolded_kernel), T::kBlocks, T::kThreads, at.size) == 0)
+    return {};
   const int clusters = (p.channels + T::kChannels - 1) / T::kChannels;
   return {clusters * T::kBlocks, T::kChannels, at.size, true, clusters * T::kChannels, 0};
 }

@@ -1,4 +1,6 @@
 // Chooses the kernel for a device and an input, by rules that depend on nothing that changes from call to call.
+#include <algorithm>
+
 #include "common/device.h"
 #include "second_moment/launch.h"
 #include "second_moment/sm90_layout.h"
@@ -21,7 +23,7 @@ struct Choice {
 
 struct Gpu {
   int major = 0, minor = 0, multiprocessors = 0, shared_bytes = 0;  // of a multiprocessor
-  bool sm90 = false;
+  bool sm80 = false, sm90 = false;                                  // it runs code for these
 };
 
 Status look_up(int device, MomentFamily family, Gpu* gpu) {
@@ -31,19 +33,30 @@ Status look_up(int device, MomentFamily family, Gpu* gpu) {
     error = cudaDeviceGetAttribute(&gpu->multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&gpu->shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  Code code;
+  if (error == cudaSuccess) error = code_here(&code);
   if (error != cudaSuccess) return cuda_status(error, "asking for the properties", device);
-  gpu->sm90 = gpu->major == 9 && gpu->minor == 0 && sm90_is_built();
+  gpu->sm80 = code.architecture >= 80;
+  gpu->sm90 = code.own;  // no other GPU runs it
   if (family == MomentFamily::sm90)
     return Status::error(Status::kUnsupported, "second moment: the kernels for 9.0 are taken by rule, not by name");
-  if (family == MomentFamily::sm80 && gpu->major < 8)
+  if (family == MomentFamily::sm80 && !gpu->sm80)
     return Status::error(Status::kUnsupported,
                          "second moment: the kernels for compute capability 8.0 were asked for, "
-                         "GPU %d has %d.%d",
-                         device, gpu->major, gpu->minor);
+                         "GPU %d has %d.%d and runs code for %d.%d",
+                         device, gpu->major, gpu->minor, code.architecture / 10, code.architecture % 10);
   return {};
 }
 
-// On 9.0 the Hopper kernels take all that boxes can copy.
+const MomentKernel& sm90_kernel(DType dtype, Precision precision) {
+  return dtype == DType::float32 ? sm90_float32_kernel(precision) : sm90_16bit_kernel(dtype);
+}
+
+// Whether the Hopper kernels take p: all that boxes can copy, where there is room for two blocks that share them.
+bool sm90_takes(const SecondMomentParams& p, Precision precision, const Gpu& gpu) {
+  return gpu.sm90 && sm90::boxes_fit(p) && sm90_kernel(p.dtype, precision).pairs_at_once() > 0;
+}
+
 // float32 from three tensor-core products each pays where a multiprocessor makes 1024 TF32 products a cycle or more: on
 // 8.0, 9.0 and 10.x. The others (8.6, 8.7, 8.9, 12.x) make as many TF32 as float32 products, so there float32 takes the
 // ordinary units. Before 8.0 everything does.
@@ -56,9 +69,9 @@ MomentFamily by_rule(int major, int minor, bool sm90, DType dtype, Precision pre
 
 const MomentKernel& kernel_for(const SecondMomentParams& p, Precision precision, MomentFamily family, const Gpu& gpu) {
   if (family == MomentFamily::by_rule)
-    family = by_rule(gpu.major, gpu.minor, gpu.sm90 && sm90::boxes_fit(p), p.dtype, precision);
-  if (family == MomentFamily::sm90)
-    return p.dtype == DType::float32 ? sm90_float32_kernel(precision) : sm90_16bit_kernel(p.dtype);
+    family = !gpu.sm80 ? MomentFamily::simt
+                       : by_rule(gpu.major, gpu.minor, sm90_takes(p, precision, gpu), p.dtype, precision);
+  if (family == MomentFamily::sm90) return sm90_kernel(p.dtype, precision);
   const int tile = tile_for(p.d);
   if (family == MomentFamily::simt) return simt_kernel(tile, p.dtype);
   if (p.dtype == DType::float32) return sm80_float32_kernel(tile, precision);
@@ -71,7 +84,8 @@ Choice choose(const SecondMomentParams& p, Precision precision, MomentFamily fam
   choice.kernel = &kernel_for(p, precision, family, gpu);
   choice.access = access_of(p, choice.kernel->copy_bytes);
   if (choice.kernel->costs != nullptr) {
-    choice.clusters = sm90::make_cluster_plan(p.d, sm90::rows_of_boxes(p), gpu.multiprocessors, *choice.kernel->costs);
+    const int blocks = std::min(gpu.multiprocessors, 2 * choice.kernel->pairs_at_once());
+    choice.clusters = sm90::make_cluster_plan(p.d, sm90::rows_of_boxes(p), blocks, *choice.kernel->costs);
     return choice;
   }
   const int tile = choice.kernel->tile, side = (p.d + tile - 1) / tile;

@@ -38,6 +38,7 @@ struct MomentKernel {
   cudaError_t (*reduce)(const MomentLaunch&);   // their sums, added to the moment
   bool scaled = false;                          // needs peaks
   const sm90::Costs* costs = nullptr;           // copies boxes, which do not cross images, and has a ClusterPlan
+  int (*pairs_at_once)() = nullptr;             // clusters of two that the current device holds; likewise
 };
 
 // float32 arithmetic of the ordinary units; any GPU. tile: 64 or 128.
@@ -45,9 +46,8 @@ const MomentKernel& simt_kernel(int tile, DType dtype);
 // Tensor cores from compute capability 8.0 on.
 const MomentKernel& sm80_float32_kernel(int tile, Precision precision);
 const MomentKernel& sm80_16bit_kernel(int tile, DType dtype);
-// Tensor cores of 9.0a, and whether this build has code for them that the current device can run.
+// Tensor cores of 9.0a.
 const MomentKernel& sm90_float32_kernel(Precision precision);
 const MomentKernel& sm90_16bit_kernel(DType dtype);
-bool sm90_is_built();
 
 }  // namespace pyrewrite

@@ -7,6 +7,7 @@
 // additions, and those to pairs of floats in the workspace after some thousands.
 #pragma once
 
+#include "common/device.h"
 #include "second_moment/sm90_halves.cuh"
 
 namespace pyrewrite::sm90 {
@@ -65,11 +66,12 @@ __device__ __forceinline__ void compute(BoxRing<Boxes> ring, const GroupWork& wo
 __device__ __forceinline__ void watch(BoxRing<Boxes> ring, int count, const Release& release) {
   for (int slice = 0; slice < count; ++slice, ring.next()) {
     ring.wait_full();
+    __syncwarp();  // no lane is left behind by more than a phase, which it could not tell from the next but one
     release(ring.stage);
   }
 }
 
-// Without code for 9.0a the kernel is empty and has no shared memory of its own, which is_built sees.
+// Empty in code for other architectures than 90a (see code_here).
 template <typename Input, typename Mma, bool kByRow>
 __global__ void __launch_bounds__(Input::kThreads, 1)
     sm90_moment(const __grid_constant__ CUtensorMap map, const __grid_constant__ Arguments args) {
@@ -180,18 +182,16 @@ cudaError_t launch_partial(const MomentLaunch& launch) {
   if (error != cudaSuccess) return error;
   const std::uint32_t slices = (launch.source.width.divisor + Input::kSliceRows - 1) / Input::kSliceRows;
   const Arguments arguments{launch.source, {make_divider(slices)}, launch.clusters, launch.workspace, launch.peaks};
-  cudaLaunchAttribute shape{};
-  shape.id = cudaLaunchAttributeClusterDimension;
-  shape.val.clusterDim.x = launch.clusters.cluster;
-  shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(launch.clusters.blocks());
-  config.blockDim = dim3(Input::kThreads);
-  config.dynamicSmemBytes = Input::kBytes;
-  config.stream = launch.stream;
-  config.attrs = &shape;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, map, arguments);
+  const ClusterLaunch clusters(launch.clusters.cluster, dim3(launch.clusters.blocks()), Input::kThreads, Input::kBytes,
+                               launch.stream);
+  return cudaLaunchKernelEx(&clusters.config, kernel, map, arguments);
+}
+
+// The kernels of rows and of NCHW need the same.
+template <typename Input, typename Mma>
+int pairs_at_once() {
+  return clusters_at_once(reinterpret_cast<const void*>(sm90_moment<Input, Mma, true>), 2, Input::kThreads,
+                          Input::kBytes);
 }
 
 // 16-bit input, or float32 input of which `peaks` holds the scales.
@@ -220,8 +220,15 @@ cudaError_t reduce_input(const MomentLaunch& launch) {
 }
 
 template <typename Input, typename Mma>
-constexpr MomentKernel kSm90{
-    kTile,         16, 1, 3, Input::kBytes, launch_partials<Input, Mma>, reduce_input<Input>, Input::kFromFloat32,
-    &Input::kCosts};
+constexpr MomentKernel kSm90{kTile,
+                             16,
+                             1,
+                             3,
+                             Input::kBytes,
+                             launch_partials<Input, Mma>,
+                             reduce_input<Input>,
+                             Input::kFromFloat32,
+                             &Input::kCosts,
+                             pairs_at_once<Input, Mma>};
 
 }  // namespace pyrewrite::sm90

@@ -165,8 +165,10 @@ __device__ __forceinline__ void watch_halves(BoxRing<Input> ring, HalfRing<Input
                                              const Release& release) {
   for (int slice = 0; slice < count; ++slice, ring.next(), halves.next()) {
     ring.wait_full();
+    __syncwarp();  // as in watch
     release(ring.stage);
     halves.wait_full();
+    __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(halves.empty_barrier());
   }
 }

@@ -200,10 +200,10 @@ struct ClusterPlan {
   }
 };
 
-// The plan that ends first on a GPU of so many multiprocessors, a block each. It depends on nothing else, so the sums
-// are the same bits every time. A part costs about one chunk more than its rows (its partial sums are written and
-// read).
-inline ClusterPlan make_cluster_plan(int d, std::int64_t rows, int multiprocessors, const Costs& costs) {
+// The plan that ends first on a GPU that runs so many blocks at once, one a multiprocessor. It depends on nothing else,
+// so the sums are the same bits every time. A part costs about one chunk more than its rows (its partial sums are
+// written and read).
+inline ClusterPlan make_cluster_plan(int d, std::int64_t rows, int at_once, const Costs& costs) {
   ClusterPlan plan{};
   plan.side = (d + kTile - 1) / kTile;
   plan.chunks = static_cast<int>((rows + kChunkRows - 1) / kChunkRows);
@@ -214,8 +214,7 @@ inline ClusterPlan make_cluster_plan(int d, std::int64_t rows, int multiprocesso
   plan.count[2] = (diagonal ? 0 : squares) + odd * 2 * squares;
   plan.count[3] = diagonal ? odd : plan.side;
   plan.cluster = plan.count[0] + plan.count[1] > 0 ? 2 : 1;
-  // Multiprocessors come in pairs, as blocks do.
-  int places = multiprocessors / plan.cluster * plan.cluster;
+  int places = at_once / plan.cluster * plan.cluster;
   if (places < plan.cluster) places = plan.cluster;
 
   const int cost[kShapes] = {costs.square, costs.diagonal, costs.beside, costs.on};

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrewrite._finite import all_finite
 from pyrewrite._memory import is_out_of_memory, lowered
 from pyrewrite.generators.network import Activation, EditableLayer, EditableNetwork
 
@@ -69,10 +70,10 @@ def batch_independent(convolution: Callable[[Tensor], Tensor], x: Tensor) -> Ten
     """The convolution of x (B x C x H x W), rounded alike whatever B is.
 
     For a batch of one small map, oneDNN takes another algorithm than for two or more: the last bits of a picture would
-    depend on its company.
+    depend on its company. They depend on the order of the numbers in memory, too, which `cat` keeps.
     """
     if len(x) == 1 and x.device.type == "cpu":
-        return convolution(x.expand(2, -1, -1, -1).contiguous(memory_format=torch.channels_last))[:1]
+        return convolution(torch.cat([x, x]))[:1]
     return convolution(x)
 
 
@@ -437,7 +438,7 @@ class Generator(EditableNetwork):
         with torch.no_grad():
             z = self._checked_latents(self.latents([number], seed))
             image = self._image(*self._input_of(len(self._layers), *self._begin(z, render=True)))
-        if not image.isfinite().all():
+        if not all_finite(image):
             return f"image {number} holds values that are not finite"
         outside = (image.abs() > 1.5).float().mean().item()  # trained generators overshoot a little at edges
         if outside > 0.1:

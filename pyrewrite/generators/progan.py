@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyrewrite.generators.base import PRECISIONS, EditableLayer, Generator, batch_independent
 from pyrewrite.ops.convolution import conv3x3, conv3x3_kernel_takes, prepare_conv3x3
+from pyrewrite.ops.modulation import colours, colours_kernel_takes
 
 if TYPE_CHECKING:
     from pyrewrite.ops.insertion import ConvLayer
@@ -156,8 +157,11 @@ class ProGAN(Generator):
 
     def _image(self, x: Tensor, carry: Any) -> Tensor:
         block = getattr(self, self._output_name)
-        x = _pixel_norm(x)
-        return block.scaled(F.conv2d(x, block.conv.weight.to(x.dtype)))
+        x, weight, bias = _pixel_norm(x), block.conv.weight, block.wscale.b  # weight: C x I x 1 x 1
+        matrix = (weight[:, :, 0, 0] * block.scale).expand(len(x), -1, -1)  # B x C x I
+        if colours_kernel_takes(x, matrix, bias, None, None):
+            return colours(x, matrix, bias, None, None, None)
+        return block.scaled(F.conv2d(x, weight.to(x.dtype)))
 
     def mean_style(self, layer: str | EditableLayer) -> None:
         self.find_layer(layer)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrewrite._files import write_atomically
+from pyrewrite._finite import all_finite
 from pyrewrite.errors import NonFiniteError
 from pyrewrite.generators.base import Generator
 from pyrewrite.generators.loading._safetensors_file import FORMAT, VERSION
@@ -30,7 +31,7 @@ def save_generator(generator: Generator, path: str | os.PathLike) -> Path:
     """
     state: dict[str, Tensor] = {}
     for name, tensor in generator.file_state().items():
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise NonFiniteError(f"{name} holds NaN or infinity: refusing to write it to {path}")
         state[name] = tensor.cpu().contiguous().clone()  # each on its own: views of one memory are refused on reading
     if Path(path).suffix.lower() == ".safetensors":

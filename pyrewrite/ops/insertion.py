@@ -21,6 +21,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from pyrewrite._finite import all_finite
 from pyrewrite.errors import NonFiniteError
 from pyrewrite.ops import _library
 from pyrewrite.ops.insertion_geometry import (
@@ -418,7 +419,7 @@ def _insert_all(
                 callback(done, torch.stack(losses)[:, done - 1].tolist())
         results = []
         for problem, x, loss, name in zip(problems, lambdas, losses, names, strict=True):
-            if not torch.isfinite(x).all():
+            if not all_finite(x):
                 raise NonFiniteError(
                     f"{name}the insertion left the finite numbers within {steps} steps; a smaller lr than {lr} may help"
                 )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyrewrite._finite import all_finite
 from pyrewrite.errors import NonFiniteError
 
 DEMODULATION_EPSILON = 1e-8
@@ -269,7 +270,7 @@ def check_numbers(numbers: Later) -> None:
     least = iter(found[len(numbers) :])
     for (name, x, is_weight), total in zip(numbers, found, strict=False):
         # A sum is the quicker test; where it overflows or meets NaN, every number is looked at.
-        if not math.isfinite(total) and not x.isfinite().all():
+        if not math.isfinite(total) and not all_finite(x):
             raise NonFiniteError(f"{name} holds NaN or infinity; expected finite numbers")
         if is_weight and (next(least) < 0 or not total > 0):
             raise ValueError(f"{name}: expected weights >= 0, some above 0")

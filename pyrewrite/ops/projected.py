@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrewrite._finite import all_finite
 from pyrewrite.errors import NonFiniteError
 from pyrewrite.ops.insertion import Callback, check_adam, paced, target_loss
 from pyrewrite.ops.insertion_geometry import (
@@ -86,7 +87,7 @@ def insert_projected(
         done += count
         if callback is not None:
             callback(done, losses[done - 1].item())
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise NonFiniteError(
             f"the insertion left the finite numbers within {steps} steps; a smaller lr than {lr} may help"
         )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._finite import all_finite
 from ..errors import EditError
 from ..statistics import SecondMoment, UnitQuantiles
 
@@ -53,7 +54,7 @@ def context_directions(
         raise EditError(f"rank {rank} is more than the layer's {keys.shape[1]} input channels")
     if protect is not None and method != "zca":
         raise EditError(f"protect works with key method 'zca', not with {method!r}")
-    if not torch.isfinite(keys).all():
+    if not all_finite(keys):
         raise EditError("the keys under the context's masks are not finite (NaN or infinity in the activations)")
     if method == "zca":
         whitener = moment.whitener(shrinkage).to(keys.device)  # I x I
@@ -90,7 +91,7 @@ def context_directions(
         basis[torch.arange(rank), score.topk(rank).indices] = 1
     else:
         raise EditError(f"unknown key method {method!r}; expected zca, mean, svd or gandissect")
-    if not torch.isfinite(basis).all():
+    if not all_finite(basis):
         raise EditError("the context's directions are not finite: expected a second moment with some energy")
     return basis.float().contiguous()
 
@@ -110,7 +111,7 @@ def protected_subspace(
     keys, weights = masked_keys(examples)  # N x I, N
     if len(keys) == 0:
         raise EditError("the protected masks are empty on the key map: expected painted pixels")
-    if not torch.isfinite(keys).all():
+    if not all_finite(keys):
         raise EditError("the keys under the protected masks are not finite (NaN or infinity in the activations)")
     whitened = weights[:, None] * (keys @ moment.whitener(shrinkage).to(keys.device))  # N x I
     _, lengths, rows = torch.linalg.svd(whitened, full_matrices=False)

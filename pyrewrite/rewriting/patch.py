@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .._files import write_atomically
+from .._finite import all_finite
 from ..errors import PatchError
 from ..generators import Generator
 
@@ -53,7 +54,7 @@ class LayerUpdate:
         for name, tensor in (("direction", direction), ("lambda", lambda_)):
             if tensor.dtype != torch.float32:
                 raise PatchError(f"{self.layer}: {name} is {tensor.dtype}; expected float32")
-            if not torch.isfinite(tensor).all():
+            if not all_finite(tensor):
                 raise PatchError(f"{self.layer}: {name} holds values that are not finite")
 
     @property

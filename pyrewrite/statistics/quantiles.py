@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrewrite._finite import all_finite
 from pyrewrite.errors import NonFiniteError
 
 
@@ -59,7 +60,7 @@ class UnitQuantiles:
         if rows.shape[1] == 0:
             return self
         extremes = torch.stack(rows.aminmax(dim=1), 1)  # d x 2, NaN wherever a row has one
-        if not torch.isfinite(extremes).all():
+        if not all_finite(extremes):
             raise NonFiniteError("the samples hold NaN or infinite values (in float32)")
         self._widen(extremes)
         self.count += rows.shape[1]
@@ -149,8 +150,8 @@ class UnitQuantiles:
             and all(0 <= size < resolution for size in sizes)
             and sum(sizes) == values.shape[1]
             and sum(size * 2**level for level, size in enumerate(sizes)) == count > 0
-            and torch.isfinite(values).all()
-            and torch.isfinite(extremes).all()
+            and all_finite(values)
+            and all_finite(extremes)
         )
         if not consistent:
             raise ValueError("the quantile arrays contradict each other")

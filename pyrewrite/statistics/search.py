@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyrewrite._finite import all_finite
 from pyrewrite.errors import NonFiniteError
 from pyrewrite.statistics.collect import Keep, Progress, check_count, key_pixels, report, scan_keys
 from pyrewrite.statistics.quantiles import UnitQuantiles
@@ -167,6 +168,6 @@ def _checked_direction(direction: Tensor, length: int) -> Tensor:
         direction = direction[0]
     if direction.ndim != 1 or direction.shape[0] != length:
         raise ValueError(f"expected a direction of length {length}, got shape {tuple(direction.shape)}")
-    if not torch.isfinite(direction).all():
+    if not all_finite(direction):
         raise NonFiniteError("the direction holds NaN or infinite values")
     return direction.detach()

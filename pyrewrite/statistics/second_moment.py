@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyrewrite._files import write_atomically
+from pyrewrite._finite import all_finite
 from pyrewrite.errors import NonFiniteError
 from pyrewrite.ops import second_moment_
 from pyrewrite.statistics.whitening import matrix_power
@@ -194,7 +195,7 @@ def _checked(count: np.ndarray, total: Tensor, name: str, d: int | None) -> tupl
         raise ValueError(f"{name}: the sum must be a square matrix, its shape is {tuple(total.shape)}")
     if d is not None and total.shape[0] != d:
         raise ValueError(f"{name}: keys of length {total.shape[0]}, expected {d}")
-    if not torch.isfinite(total).all():
+    if not all_finite(total):
         raise NonFiniteError(f"{name}: the sum holds NaN or infinite values")
     total = total.to(torch.float64)
     mirrored = 0.5 * (total + total.T)  # float32 sums of other tools differ across the diagonal by rounding

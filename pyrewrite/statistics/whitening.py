@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyrewrite._finite import all_finite
 from pyrewrite.errors import NonFiniteError
 
 EIGENVALUE_CUT = 1e-10  # of the largest
@@ -31,7 +32,7 @@ def matrix_power(matrix: Tensor, exponent: float, *, shrinkage: float = 0.0, nam
         raise ValueError(f"shrinkage must be a finite number of at least 0, got {shrinkage!r}")
     if not math.isfinite(exponent):
         raise ValueError(f"the exponent must be finite, got {exponent!r}")
-    if not torch.isfinite(matrix).all():
+    if not all_finite(matrix):
         raise NonFiniteError(f"{name} holds NaN or infinite values: the keys it was made of did")
     matrix = matrix.to(torch.float64)
     size = matrix.diagonal().abs().max()

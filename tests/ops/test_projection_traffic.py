@@ -1,15 +1,6 @@
-"""The projection's memory traffic, where the CUDA runtime counts it.
-
-A GPU's runtime does not. One that runs kernels on the processor (conftest.py) can append a line a launch to a file.
-"""
+"""The projection's memory traffic, where the CUDA runtime counts it."""
 
 from __future__ import annotations
-
-import ctypes
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -28,27 +19,6 @@ else:
 """
 
 
-@pytest.fixture
-def counted(tmp_path):
-    try:
-        ctypes.CDLL("libcudart.so.13").emu_register_range  # noqa: B018
-    except (OSError, AttributeError):
-        pytest.skip("this CUDA runtime counts no traffic")
-
-    def run(*arguments) -> dict:
-        """What the only launch did."""
-        report = tmp_path / "report"
-        report.unlink(missing_ok=True)
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("EMU_")}  # no other checks
-        env = {**kept, "EMU_COUNTERS": "1", "EMU_REPORT": str(report)}
-        command = [sys.executable, "-c", RUN, *map(str, arguments)]
-        subprocess.run(command, check=True, env=env, capture_output=True, timeout=120)
-        (line,) = report.read_text().splitlines()
-        return json.loads(line)
-
-    return run
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize(
     ("out", "channels", "size", "rank", "kind", "least"),
@@ -62,8 +32,8 @@ def counted(tmp_path):
         (64, 512, 3, 1, "step", 28),
     ],
 )
-def test_every_element_moves_once(out, channels, size, rank, kind, least, counted):
-    launch = counted(out, channels, size, rank, kind)
+def test_every_element_moves_once(out, channels, size, rank, kind, least, launches):
+    (launch,) = launches(RUN, out, channels, size, rank, kind)
     elements = out * channels * size**2
     directions = 4 * rank * channels * (kind != "step")
     distinct = launch["distinct_load_bytes"] + launch["distinct_store_bytes"]

@@ -42,16 +42,25 @@ def moment_of(x: torch.Tensor, on_device=lambda t: t, impl: str | None = None, *
     return total.cpu()
 
 
+def cut() -> float:
+    """How much the GPU's tensor cores lose when they cut a sum, beside 9.0's: before it they keep a bit less."""
+    return 1 if _library.cuda_report()["devices"][0]["capability"] >= (9, 0) else 2
+
+
 def check(x: torch.Tensor, impl: str | None, on_device=lambda t: t, bound: float = 1e-6) -> None:
     result, x = moment_of(x, on_device, impl=impl), x.cpu()
+    slack = 1e-7
+    if impl in FAMILIES:
+        # On tensor cores a factor of float32 is two numbers of 11 bits, and the product of the two small ones is left
+        # out: 2^-21 of a product in the worst case, which many rows average out. Of 16 bits every product is cut.
+        times = cut() if x.dtype != torch.float32 else 1
+        slack, bound = 5e-7 * times, bound * times
     truth = second_moment_ref(x)
     assert torch.equal(result, result.T)
     rows = x if x.ndim == 2 else x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
     baseline = rows.float().T @ rows.float()
     error, usual = ((m.double() - truth).norm() / truth.norm() for m in (result, baseline))
-    # On tensor cores a factor is two numbers of 11 bits, and the product of the two small ones is left out: 2^-21 of a
-    # product in the worst case, which many rows average out.
-    assert error <= 2 * usual + (5e-7 if impl in FAMILIES else 1e-7)
+    assert error <= 2 * usual + slack
     assert error < bound
 
 
@@ -251,8 +260,8 @@ def test_tf32(layout, impl, on_device):
     assert torch.equal(result, result.T)
     error = (result - truth).norm() / truth.norm()
     assert error < 3e-5  # the rounding of the factors, to nearest: much of it averages out
-    if impl == "cuda":
-        assert error > 1e-6  # or it was not TF32
+    if impl == "cuda" and _library.cuda_report()["devices"][0]["capability"] >= (8, 0):
+        assert error > 1e-6  # or it was not TF32, which older GPUs do not have
 
 
 @pytest.mark.parametrize("impl", CUDA)
@@ -260,7 +269,7 @@ def test_tf32(layout, impl, on_device):
 def test_long_sums(shape, impl, on_device):
     """More rows to a block than a float32 sum takes: the workspace is added to."""
     x = torch.rand(shape)
-    for precision, bound in (("fp32", 3e-7), ("tf32", 3e-6)):
+    for precision, bound in (("fp32", 3e-7), ("tf32", 3e-6 * cut())):
         result, truth = moment_of(on_device(x), on_device, impl=impl, precision=precision), second_moment_ref(x)
         assert (result - truth).norm() / truth.norm() < bound
 

@@ -1,14 +1,6 @@
-"""The second moment's memory traffic and matrix products, where the CUDA runtime counts them (as in
-test_projection_traffic.py).
-"""
+"""The second moment's memory traffic and matrix products, where the CUDA runtime counts them."""
 
 from __future__ import annotations
-
-import ctypes
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -20,28 +12,6 @@ torch.manual_seed(0)
 x = torch.rand(rows, d) if layout == "rows" else torch.rand(rows // 256, d, 16, 16)
 second_moment(x.to(getattr(torch, dtype)), precision=precision, impl="cuda")
 """
-
-
-@pytest.fixture
-def counted(tmp_path):
-    try:
-        ctypes.CDLL("libcudart.so.13").emu_register_range  # noqa: B018
-    except (OSError, AttributeError):
-        pytest.skip("this CUDA runtime counts no traffic")
-
-    def run(*arguments) -> dict:
-        """What the launch did that computes the partial sums."""
-        report = tmp_path / "report"
-        # What a run around this one asks of the runtime (checks, models of arithmetic) is not asked here.
-        env = {name: value for name, value in os.environ.items() if not name.startswith("EMU_")}
-        env |= {"EMU_COUNTERS": "1", "EMU_REPORT": str(report)}
-        command = [sys.executable, "-c", RUN, *map(str, arguments)]
-        subprocess.run(command, check=True, env=env, capture_output=True, timeout=120)
-        launches = [json.loads(line) for line in report.read_text().splitlines()]
-        (launch,) = [one for one in launches if "_moment" in one["kernel"]]
-        return launch
-
-    return run
 
 
 # Boxes are counted in units where they arrive: of the 8 of d = 512 in the square beside the diagonal 6 in each of two
@@ -64,8 +34,9 @@ def counted(tmp_path):
         (64, 4096, "bfloat16", "rows", "fp32", 1, 1),
     ],
 )
-def test_hopper_kernels(d, rows, dtype, layout, precision, reads, products, counted):
-    launch = counted(d, rows, dtype, layout, precision)
+def test_hopper_kernels(d, rows, dtype, layout, precision, reads, products, launches):
+    # Of several launches the one that computes the partial sums.
+    (launch,) = (one for one in launches(RUN, d, rows, dtype, layout, precision) if "_moment" in one["kernel"])
     if "sm90" not in launch["kernel"]:
         pytest.skip("not the GPU that the kernels are for, or a build without them")
     size = rows * d * (4 if dtype == "float32" else 2)

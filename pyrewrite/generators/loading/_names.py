@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrewrite._finite import all_finite
 from pyrewrite.errors import CheckpointMismatchError, NonFiniteWeightsError
 from pyrewrite.generators.base import Generator
 from pyrewrite.generators.loading._plain_arrays import PlainArray
@@ -172,7 +173,7 @@ def fill(generator: Generator, weights: Weights, what: str) -> None:
     bad = [
         f"{weights.shown(name)} ({int((~t.isfinite()).sum())} of {t.numel()})"
         for name, t in weights.tensors.items()
-        if not t.isfinite().all()
+        if not all_finite(t)
     ]
     if bad:
         raise NonFiniteWeightsError(f"{weights.origin} holds NaN or infinite weights: {_listed(bad)}")
@@ -208,7 +209,7 @@ def require_image_size(weights: Weights, size: int) -> None:
 def require_finite(generator: Generator, weights: Weights) -> None:
     """Raise NonFiniteWeightsError where float32 could not hold a weight, or what was made of it."""
     state = generator.state_dict()
-    overflow = [weights.shown(name) for name, tensor in state.items() if not tensor.isfinite().all()]
+    overflow = [weights.shown(name) for name, tensor in state.items() if not all_finite(tensor)]
     if overflow:
         raise NonFiniteWeightsError(f"{weights.origin} holds weights beyond the range of float32: {_listed(overflow)}")
 
