@@ -208,7 +208,7 @@ class Model:
         return [n for n in layers if not self.has_statistics(n) and self._statistics_key(n) not in self._quick]
 
     def _quick_batch(self) -> int:
-        return min(STATISTICS_BATCH, *(batch_size_by_memory(self.generator, n) for n in self.generator.layers))
+        return capture_batch(self.generator)  # each batch has a price of its own: two at once take twice as long
 
     def _rewriter_of(self, layer: str, statistics: LayerStatistics) -> Rewriter:
         return Rewriter(
