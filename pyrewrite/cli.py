@@ -61,6 +61,12 @@ class Commands(click.Group):
             raise
         except (ValueError, OSError) as error:
             raise click.ClickException(str(error)) from error
+        except RuntimeError as error:
+            from .ops._library import MissingKernelError
+
+            if not isinstance(error, MissingKernelError):
+                raise
+            raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
             click.echo("stopped; every file is whole or as it was", err=True)
             ctx.exit(130)

@@ -6,6 +6,7 @@ Every process runs in an empty folder: beside the sources, `-c` and `-m` would i
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -83,6 +84,22 @@ def test_diagnosis_without_the_binary(tmp_path):
     out = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     assert "the binary module pyrewrite._C is missing" in out.stdout
+
+
+def test_a_source_folder_before_the_installed_package_is_named(tmp_path):
+    """`pip install .` and then Python in the clone: it finds the sources, which have no binary."""
+    ignored = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__", "assets")
+    for place in ("clone", "site"):
+        shutil.copytree(Path(pyrewrite.__file__).parent, tmp_path / place / "pyrewrite", ignore=ignored)
+    metadata = tmp_path / "site" / "pyrewrite-0.1.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: pyrewrite\nVersion: 0.1.0\n")
+    code = "import sys; sys.modules['pyrewrite._C'] = None; "  # an editable install's hook would find it
+    code += "import pyrewrite.ops._library as l; print(l.native_problem())"
+    path = os.pathsep.join(str(tmp_path / place) for place in ("clone", "site"))
+    env = {**os.environ, "PYTHONPATH": path}
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert f"and not the pyrewrite installed in {tmp_path / 'site' / 'pyrewrite'}" in out.stdout, out.stderr
 
 
 def test_an_op_without_the_binary_says_what_is_missing(tmp_path):

@@ -121,7 +121,7 @@ class Live:
             self.error, self._stages = str(error), []
             return []
         size = min(THUMBNAIL, self.model.generator.image_size)
-        data, columns, media = sheet(pictures, size)
+        data, columns, media = sheet(pictures, size, brief=True)
         message = {"kind": stage, "key": self.key, "numbers": numbers, "size": size, "columns": columns, "media": media}
         return [({**message, "ms": round(1e3 * (time.perf_counter() - self._since), 1)}, [data])]
 

@@ -10,8 +10,10 @@ in its place.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -106,9 +108,14 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         from pyrewrite import _C
     except ImportError as error:
-        return None, (
-            f"the binary module pyrewrite._C is missing or cannot be loaded ({error}). It is built by "
-            "`pip install .` (or `pip install -e .`) in the source folder, with a C++17 compiler"
+        problem = f"the binary module pyrewrite._C is missing or cannot be loaded ({error}). "
+        if other := _installed_elsewhere():
+            return None, problem + (
+                f"Python took the source folder that it was started in, and not the pyrewrite installed in {other}: "
+                "start it elsewhere, or install with `pip install -e .`"
+            )
+        return None, problem + (
+            "It is built by `pip install .` (or `pip install -e .`) in the source folder, with a C++17 compiler"
         )
     if _C.version() != __version__:
         return None, (
@@ -116,6 +123,16 @@ def _load() -> tuple[ModuleType | None, str]:
             f"two releases are mixed. Install again"
         )
     return _C, ""
+
+
+def _installed_elsewhere() -> Path | None:
+    """Where another pyrewrite than this one is installed; None where there is none."""
+    here = Path(__file__).parent.parent
+    for found in importlib.metadata.distributions(name="pyrewrite"):
+        package = Path(str(found.locate_file("pyrewrite")))
+        if (package / "__init__.py").is_file() and package.resolve() != here.resolve():
+            return package
+    return None
 
 
 # Loaded before a fork, the module can tell that torch's threads are not in the child.

@@ -421,6 +421,8 @@ def test_everything_is_within_reach_and_named(screen):
         width,
     )
     assert outside == []
+    boxes = [el.bounding_box() for el in page.query_selector_all(".pyrewrite .tools button")]
+    assert len({round(box["y"]) for box in boxes}) <= (2 if width < 1000 else 1)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     unnamed = page.evaluate(
         """[...document.querySelectorAll(".pyrewrite :is(button, input, select, [role=img])")]

@@ -20,10 +20,11 @@ CELLS = [
     "from pyrewrite.interface import RewriteApp\n"
     "app = RewriteApp('peeps', samples=60, strip='0-11', folder='edits')\n"
     "app",
-    "print('edits:', len(app.session.document.edits), 'object:', app.session.document.object is not None)",
+    "print('edits:', len(app.session.document.edits), 'clients:', len(app.session._clients))",
 ]
 HAT, BALD = 0, 10  # pictures of the bundled generator: one with a hat, one without hair
 RUN = "window.jupyterapp.commands.execute('notebook:run-all-cells')"
+RUN_LAST = "window.jupyterapp.commands.execute('notebook:run-cell')"  # the one that is selected after RUN
 SAVE = "window.jupyterapp.commands.execute('docmanager:save')"
 DARK = "window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
 KERNEL = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
@@ -109,6 +110,17 @@ def test_the_story_in_jupyterlab(lab, screen):
     until(lambda: drawn(screen, BALD) == original)
     page.keyboard.press("t")
     until(lambda: drawn(screen, BALD) == edited)
+
+    # The cells run again: a new widget shows the document, and what nobody sees any more is not sent either.
+    page.evaluate(RUN)
+    page.wait_for_selector(".pyrewrite .edits > li")
+    screen.ready()
+
+    def said():
+        page.evaluate(RUN_LAST)
+        return page.locator(".jp-OutputArea-output pre").last.inner_text()
+
+    until(lambda: "edits: 1 clients: 1" in said(), 30)
 
     # The theme is the host's.
     assert page.locator(".pyrewrite").get_attribute("data-theme") == "light"

@@ -193,11 +193,16 @@ def test_the_preview_comes_paste_first_and_leaves_the_weights(session, client):
     record = session.document.record()
     rewriter = session.model.rewriter("layer4")
     patch = rewriter.closed_form(record, rewriter.capture(rewriter.images_of(record)))
-    _, (data,) = next((m, b) for m, b in reversed(client.of_type("preview")) if m["kind"] == "paste")
+    message, (data,) = next((m, b) for m, b in reversed(client.of_type("preview")) if m["kind"] == "paste")
     with patch.applied(session.model.generator):
         expected = to_uint8(session.model.generator.images([1])).numpy()[0]
-    assert np.abs(decoded(data).astype(int) - expected).max() <= 1
-    assert not np.array_equal(expected, to_uint8(session.model.generator.images([1])).numpy()[0])
+    original = to_uint8(session.model.generator.images([1])).numpy()[0]
+    assert message["media"] == "image/jpeg"
+    difference = np.abs(decoded(data).astype(int) - np.stack([expected, original])).mean((1, 2, 3))
+    assert difference[0] < 2 < difference[1]
+    (update,) = patch.updates
+    (shown,) = session.model.rendered_with(update, session.model.activations("layer4", [1], {}))
+    assert np.abs(shown.astype(int) - expected).max() <= 1
 
 
 def test_a_front_end_that_comes_later_gets_the_present_previews(session, client):

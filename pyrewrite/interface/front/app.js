@@ -79,6 +79,7 @@ class App {
   update() {
     const s = this.state;
     setText(this.title, `${s.generator.name} · ${s.generator.family} · ${s.generator.image_size} px`);
+    this.title.title = this.title.textContent; // it may be cut
     if (this.focused !== this.numbers && this.numbers.value !== s.strip.text) this.numbers.value = s.strip.text;
     this.shown.forEach((el, i) => el.setAttribute("aria-pressed", String(s.shown === ["original", "edited"][i])));
     this.settleLocal();
