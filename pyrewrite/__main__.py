@@ -49,9 +49,8 @@ def moment_families(module: ModuleType) -> str:
     """Which of the second moment's kernels (csrc/second_moment) each compiled architecture takes by rule."""
     found = []
     # "90a-real 100-real 120": the last digit is the minor number; 9.0 takes its own kernels where 90a was compiled.
-    for major, minor, own in re.findall(
-        r"\b(\d+)(\d)(a?)(?:-real)?(?![\w-])", module.build_info()["cuda_architectures"]
-    ):
+    compiled = module.build_info().get("cuda_architectures", "")
+    for major, minor, own in re.findall(r"\b(\d+)(\d)(a?)(?:-real)?(?![\w-])", compiled):
         sm90 = (major, minor, own) == ("9", "0", "a")
         fp32, tf32 = (module.second_moment_family(int(major), int(minor), sm90, 0, precision) for precision in (0, 1))
         found.append(f"{major}.{minor}: {fp32}" + ("" if fp32 == tf32 else f" (tf32 and 16-bit input: {tf32})"))

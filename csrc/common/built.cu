@@ -38,4 +38,11 @@ cudaError_t code_here(Code* code) {
   return cudaSuccess;
 }
 
+cudaError_t reserve_counted(int* bytes) {
+  cudaFuncAttributes unit{};
+  const cudaError_t error = cudaFuncGetAttributes(&unit, reinterpret_cast<const void*>(unit_kernel));
+  *bytes = static_cast<int>(unit.sharedSizeBytes) - kUnit;
+  return error;
+}
+
 }  // namespace pyrewrite

@@ -63,8 +63,10 @@ cudaError_t allow_shared_memory(const void* kernel) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaFuncAttributes attributes{};
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  int reserve = 0;
+  if (error == cudaSuccess) error = reserve_counted(&reserve);
   if (error != cudaSuccess) return error;
-  most -= static_cast<int>(attributes.sharedSizeBytes);
+  most -= static_cast<int>(attributes.sharedSizeBytes) - reserve;
   if (attributes.maxDynamicSharedSizeBytes >= most) return cudaSuccess;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }

@@ -48,6 +48,10 @@ struct Code {
 };
 cudaError_t code_here(Code* code);
 
+// How much of the shared memory that the runtime says a kernel has is the system's own: the machine code of 9.0 and
+// later names its 1 KiB among the kernel's, but the limit of a block is without it.
+cudaError_t reserve_counted(int* bytes);
+
 // A launch in clusters of `size` blocks.
 struct ClusterLaunch {
   cudaLaunchAttribute shape{};
