@@ -288,13 +288,13 @@ def test_the_page_says_what_comes_next(screen, session):
     assert "below" in screen.page.locator(".pyrewrite .advice").inner_text()
     guide = screen.page.locator(".pyrewrite .guide")
     guide.locator("button").click()
-    assert not guide.is_visible()
+    until(lambda: not guide.is_visible())
     screen.page.reload()
     screen.ready()
     assert not guide.is_visible()
     screen.page.keyboard.press("?")
     screen.page.get_by_text("Show the steps again").click()
-    assert guide.is_visible()
+    until(guide.is_visible)
 
 
 def test_typing_goes_on_into_the_dialog_that_was_asked_for(screen, session):
@@ -354,7 +354,7 @@ def test_help_names_the_keys_and_answers_the_question(screen):
         assert piece in text
     screen.shot("help")
     screen.page.keyboard.press("Escape")
-    assert screen.page.locator("dialog").count() == 0
+    until(lambda: screen.page.locator("dialog").count() == 0)
 
 
 def test_the_theme_follows_the_host(screen):
