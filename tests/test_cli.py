@@ -273,17 +273,17 @@ def test_settings_that_cannot_be_are_said_before_any_work(run, record, tmp_path,
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
-def test_a_full_disk_is_one_line():
+def test_a_full_disk_is_one_line(tmp_path):
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "pyrewrite.cli", "info", "peeps-progan", "--json"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr == "Error: [Errno 28] No space left on device\n"
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     command = f"{shlex.quote(sys.executable)} -m pyrewrite.cli info peeps-progan --json | true"
-    assert subprocess.run(["sh", "-c", command], capture_output=True, text=True).stderr == ""
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True).stderr == ""
 
 
 def test_a_patch_for_another_generator_needs_force(run, record, tmp_path):

@@ -451,10 +451,10 @@ def test_matches_that_are_refused_stay_off(session, client):
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.1, 0.4])
-def test_a_script_that_ends_while_the_session_works_ends_quietly(moment):
+def test_a_script_that_ends_while_the_session_works_ends_quietly(moment, tmp_path):
     code = (
         "import time; from pyrewrite import load_generator; from pyrewrite.interface import Session; "
         f"session = Session(load_generator('peeps'), cache_dir=False); time.sleep({moment})"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

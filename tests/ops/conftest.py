@@ -32,7 +32,7 @@ def launches(tmp_path: Path) -> Callable[..., list[dict]]:
         env = {name: value for name, value in os.environ.items() if not name.startswith("EMU_") or name == "EMU_DEVICE"}
         env |= {"EMU_COUNTERS": "1", "EMU_REPORT": str(report)}
         command = [sys.executable, "-c", script, *map(str, arguments)]
-        subprocess.run(command, check=True, env=env, capture_output=True, timeout=120)
+        subprocess.run(command, check=True, cwd=tmp_path, env=env, capture_output=True, timeout=120)
         return [json.loads(line) for line in report.read_text().splitlines()]
 
     return run
